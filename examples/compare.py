@@ -1,0 +1,217 @@
+"""Train a single network, a classic ensemble and a BatchEnsemble on the same images, and compare them.
+
+    python examples/compare.py                                    scikit-learn's digits, no download
+    python examples/compare.py --data cifar10 --epochs 10         CIFAR-10, downloaded once to --data-dir
+    python examples/compare.py --data folder --data-dir DIR --model resnet18
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from data import Data, DataUnavailable, Split, load, normalise, with_channels
+from einops import rearrange, reduce, repeat
+from models import make_model
+from report import draw, table, write_json
+from torch import Tensor, nn
+from torch.func import grad_and_value
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
+
+import functorch_ens as fe
+
+Buffers = dict[str, Tensor]
+Gradients = Callable[[fe.EnsembleParams, Buffers, Tensor, Tensor], tuple[fe.EnsembleParams, Tensor, Buffers]]
+
+
+def make_gradients(forward: fe.Forward) -> Gradients:
+    """A pure function: parameters, buffers and one batch to gradients, the loss of each member `[E]`, and new buffers."""
+
+    def loss(params: fe.EnsembleParams, buffers: Buffers, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, Buffers]]:
+        logits, buffers = forward(params, x, buffers=buffers)  # [E, B, C]
+        each = F.cross_entropy(
+            rearrange(logits, "e b c -> (e b) c"), repeat(y, "b -> (e b)", e=params.E), reduction="none"
+        )
+        losses = reduce(each, "(e b) -> e", "mean", e=params.E)
+        return losses.sum(), (losses, buffers)  # the sum: every member learns as it would alone
+
+    def gradients(
+        params: fe.EnsembleParams, buffers: Buffers, images: Tensor, labels: Tensor
+    ) -> tuple[fe.EnsembleParams, Tensor, Buffers]:
+        grads, (_, (losses, buffers)) = grad_and_value(loss, has_aux=True)(params, buffers, normalise(images), labels)
+        # Adam's fused CPU kernel goes wrong on a gradient whose strides are not its parameter's.
+        return tree_map(Tensor.contiguous, grads), losses, buffers
+
+    return gradients
+
+
+@dataclass
+class Trained:
+    """What training leaves behind."""
+
+    params: fe.EnsembleParams
+    buffers: Buffers
+    compile_seconds: float
+    epoch_seconds: float
+
+
+def train(
+    name: str, model: nn.Module, forward: fe.Forward, params: fe.EnsembleParams, split: Split, args: argparse.Namespace
+) -> Trained:
+    """Train every member on the same batches with Adam. `params` are updated in place, as torch.optim does."""
+    model.train()
+    buffers = fe.ensemble_buffers(model, params.E)
+    optimizer = torch.optim.Adam(tree_leaves(params), lr=args.lr, fused=True)
+    gradients = make_gradients(forward)
+    shuffle = torch.Generator().manual_seed(args.seed)
+    size = min(args.batch_size, len(split.labels))
+    steps = len(split.labels) // size
+    compile_seconds, seconds = 0.0, []
+
+    with torch.no_grad():  # torch.func takes the gradients; autograd has nothing to record around it
+        gradients(params, buffers, split.images[:size], split.labels[:size])  # once as it is: any error is clearest here
+        if args.compile:
+            gradients = torch.compile(gradients)
+            start = time.perf_counter()
+            gradients(params, buffers, split.images[:size], split.labels[:size])  # pure, so a call costs only time
+            compile_seconds = time.perf_counter() - start
+
+        with tqdm(total=args.epochs * steps, desc=name, unit="step", disable=None) as bar:
+            for _ in range(args.epochs):
+                start = time.perf_counter()
+                total = torch.zeros(params.E, device=split.labels.device)
+                order = torch.randperm(len(split.labels), generator=shuffle).to(split.labels.device)
+                for batch in order[: steps * size].split(size):
+                    grads, losses, buffers = gradients(params, buffers, split.images[batch], split.labels[batch])
+                    for leaf, grad in zip(tree_leaves(params), tree_leaves(grads), strict=True):
+                        leaf.grad = grad
+                    optimizer.step()
+                    total += losses
+                    bar.update()
+                bar.set_postfix(loss=f"{(total / steps).mean():.4f}")  # reading it waits for the device
+                seconds.append(time.perf_counter() - start)
+    return Trained(params, buffers, compile_seconds, median(seconds))
+
+
+def evaluate(model: nn.Module, forward: fe.Forward, trained: Trained, split: Split) -> dict[str, float | list[float]]:
+    """Accuracy, negative log-likelihood and disagreement on `split`, and the seconds that its forward passes took."""
+    model.eval()
+    with torch.no_grad():
+        forward(trained.params, normalise(split.images[:1]), buffers=trained.buffers)
+        start = time.perf_counter()
+        logits = torch.cat(
+            [forward(trained.params, normalise(x), buffers=trained.buffers)[0] for x in split.images.split(1000)], dim=1
+        )
+        log_probs = logits.double().log_softmax(-1).cpu()  # [E, N, C]
+        seconds = time.perf_counter() - start
+    labels = split.labels.cpu()
+    E = len(log_probs)
+    ensemble = reduce(log_probs.exp(), "e n c -> n c", "mean").log()
+    votes = log_probs.argmax(-1)  # [E, N]
+    differ = rearrange(votes, "e n -> e 1 n") != rearrange(votes, "e n -> 1 e n")
+    return {
+        "member_accuracy": reduce((votes == labels).double(), "e n -> e", "mean").tolist(),
+        "ensemble_accuracy": (ensemble.argmax(-1) == labels).double().mean().item(),
+        "member_nll": [F.nll_loss(member, labels).item() for member in log_probs],
+        "ensemble_nll": F.nll_loss(ensemble, labels).item(),
+        "disagreement": differ.sum().item() / (max(1, E * (E - 1)) * len(labels)),
+        "evaluate_seconds": seconds,
+    }
+
+
+def compare(data: Data, args: argparse.Namespace) -> dict[str, dict[str, float | list[float]]]:
+    """Train and evaluate the three kinds; the results by kind."""
+    shape, classes = tuple(data.train.images.shape[1:]), len(data.classes)
+
+    def new_model() -> nn.Module:
+        return make_model(args.model, shape, classes).to(args.device)
+
+    E = args.members
+    kinds: dict[str, Callable[[nn.Module, torch.Generator], fe.EnsembleParams]] = {
+        "single network": lambda model, source: fe.ensemble_params(model, 1, reset=new_model, generator=source),
+        "classic ensemble": lambda model, source: fe.ensemble_params(model, E, reset=new_model, generator=source),
+        "BatchEnsemble": lambda model, source: fe.batchensemble_params(model, E, init=args.init, generator=source),
+    }
+    results = {}
+    for name, make_params in kinds.items():
+        torch.manual_seed(args.seed)
+        model = new_model()
+        params = make_params(model, torch.Generator().manual_seed(args.seed))
+        forward = fe.make_forward(model)
+        trained = train(name, model, forward, params, data.train, args)
+        results[name] = {
+            "members": params.E,
+            **evaluate(model, forward, trained, data.test),
+            "parameters": sum(leaf.numel() for leaf in tree_leaves(params)),
+            "bytes": sum(leaf.nbytes for leaf in tree_leaves((params, trained.buffers))),
+            "epoch_seconds": trained.epoch_seconds,
+            "compile_seconds": trained.compile_seconds,
+        }
+    return results
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    def positive(kind: type) -> Callable[[str], float]:
+        def read(text: str) -> float:
+            value = kind(text)
+            if not value > 0:
+                raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+            return value
+
+        read.__name__ = kind.__name__
+        return read
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", choices=["digits", "cifar10", "folder"], default="digits", help="the images (default: %(default)s)")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where cifar10 or folder is (default: data)")
+    add("--image-size", type=positive(int), metavar="N", help="resize every image to N x N")
+    add("--model", default="mlp", help="mlp, cnn, or a torchvision classification model by name (default: mlp)")
+    add("--members", type=positive(int), default=5, metavar="E", help="members of an ensemble (default: %(default)s)")
+    add("--epochs", type=positive(int), default=20, metavar="N", help="passes over the data (default: %(default)s)")
+    add("--batch-size", type=positive(int), default=32, metavar="B", help="images a step (default: %(default)s)")
+    add("--lr", type=positive(float), default=1e-3, help="Adam's learning rate (default: %(default)s)")
+    add("--init", choices=["normal", "random_sign", "ones"], default="normal", help="of r and s (default: %(default)s)")
+    add("--device", type=torch.device, help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--no-compile", dest="compile", action="store_false", help="do not use torch.compile")
+    add("--seed", type=int, default=0, help="of the parameters and the order of the data (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE", help="write the results to FILE as JSON")
+    add("--png", type=Path, default=Path("compare.png"), metavar="FILE", help="the plot (default: %(default)s)")
+    args = parser.parse_args(argv)
+    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        data = load(args.data, args.data_dir, args.image_size, args.device)
+        if args.model not in ("mlp", "cnn"):
+            data = with_channels(data, 3)
+        results = compare(data, args)
+    except (DataUnavailable, ValueError) as error:
+        sys.exit(f"compare.py: {error}")
+    print(
+        f"{args.data}, {args.model}: {len(data.train.labels)} training and {len(data.test.labels)} test images of "
+        f"{list(data.train.images.shape[1:])}, E={args.members}, {args.epochs} epochs, batch {args.batch_size}, "
+        f"Adam {args.lr:g}, r and s {args.init}; torch {torch.__version__} on {args.device}\n"
+    )
+    print(table(results))
+    draw(results, args.png)
+    print(f"\nplot: {args.png}")
+    if args.out is not None:
+        settings = {name: value if isinstance(value, int | float | bool) else str(value) for name, value in vars(args).items()}
+        write_json({"settings": settings, "torch": torch.__version__, "results": results}, args.out)
+        print(f"results: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The networks that compare.py trains, by name."""
+
+from __future__ import annotations
+
+from math import prod
+
+from torch import nn
+
+
+def make_model(name: str, image_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """`"mlp"`, `"cnn"`, or a classification model of torchvision by its name, for images of `image_shape` `[C, H, W]`.
+
+    Raises:
+        ValueError: torchvision has no classification model of this name.
+    """
+    if name == "mlp":
+        return mlp(prod(image_shape), classes)
+    if name == "cnn":
+        return cnn(image_shape[0], classes)
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise ValueError(f"--model: expected mlp, cnn or a torchvision classification model such as resnet18, got {name}")
+    # These two have heads for training only, which would make their output a tuple.
+    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
+    return model
+
+
+def mlp(inputs: int, classes: int, hidden: int = 128) -> nn.Module:
+    """Two hidden layers; with 3072 inputs and 10 classes the MLP of the BatchEnsemble notebook."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(inputs, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+
+
+def cnn(channels: int, classes: int, width: int = 32) -> nn.Module:
+    """Three convolutions with BatchNorm, halving the image twice, and a linear layer on the mean over positions."""
+
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(channels, width, 1),
+        *block(width, 2 * width, 2),
+        *block(2 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, classes),
+    )

@@ -1,0 +1,23 @@
+"""Ensembles of any PyTorch model as pure functions of a parameter pytree: classic (deep) ensembles and BatchEnsemble."""
+
+from functorch_ens.forward import Forward, make_forward
+from functorch_ens.params import EnsembleParams, batchensemble_params, ensemble_buffers, ensemble_params
+from functorch_ens.rank1 import Layout, Rank1, rank1_layout, rank1_rule
+from functorch_ens.stacking import member_params, stack_buffers, stack_params
+
+__all__ = [
+    "EnsembleParams",
+    "Forward",
+    "Layout",
+    "Rank1",
+    "batchensemble_params",
+    "ensemble_buffers",
+    "ensemble_params",
+    "make_forward",
+    "member_params",
+    "rank1_layout",
+    "rank1_rule",
+    "stack_buffers",
+    "stack_params",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,55 @@
+"""Checks of arguments that several functions take; each raises where the argument enters, and names it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+
+def check_positive_int(value: Any, argument: str) -> int:
+    """`value` as an int: TypeError where it is not a whole number, ValueError where it is below 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{argument}: expected a positive int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{argument}: expected a positive int, got {value!r}")
+    return int(value)
+
+
+def check_number(value: Any, argument: str, *, minimum: float = -math.inf) -> float:
+    """`value` as a finite float of at least `minimum`: TypeError where it is not a number, ValueError where out of range."""
+    expected = "a finite number" if minimum == -math.inf else f"a finite number >= {minimum:g}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument}: expected {expected}, got {value!r}")
+    if not (math.isfinite(value) and value >= minimum):
+        raise ValueError(f"{argument}: expected {expected}, got {value!r}")
+    return float(value)
+
+
+def check_option(value: Any, options: Collection[Any], argument: str) -> None:
+    """ValueError where `value` is none of `options`."""
+    if value not in options:
+        raise ValueError(f"{argument}: expected one of {list(options)}, got {value!r}")
+
+
+def check_bool(value: Any, argument: str) -> None:
+    """TypeError where `value` is not True or False: a truthy string is a mistake."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: expected True or False, got {value!r}")
+
+
+def check_generator(generator: Any) -> None:
+    """TypeError where `generator` is neither None nor a `torch.Generator`."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}")
+
+
+def check_keys(given: Collection[str], expected: Collection[str], argument: str) -> None:
+    """ValueError, naming them, where keys are missing or unexpected."""
+    missing = [key for key in expected if key not in given]
+    unexpected = [key for key in given if key not in expected]
+    if missing or unexpected:
+        raise ValueError(f"{argument}: the names do not fit the model: missing {missing}, unexpected {unexpected}")

@@ -1,0 +1,118 @@
+"""Fresh weights for every member, drawn from one generator, with the global random state left as it was."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from functorch_ens.checks import check_keys
+from functorch_ens.structure import copy_structure, is_numeric
+
+_MAX_SEED = 2**63 - 1
+
+
+def cpu_generator(generator: torch.Generator | None) -> torch.Generator:
+    """A CPU generator seeded by one draw from `generator`, or from torch's global one where it is None.
+
+    All initialisation runs on the CPU, so that the same generator state gives the same parameters on every device.
+    """
+    device = "cpu" if generator is None else generator.device
+    seed = torch.randint(_MAX_SEED, (), generator=generator, device=device)
+    return torch.Generator().manual_seed(int(seed))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generators, and put them back as they were."""
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed_all(seed)
+        yield
+
+
+def fresh_members(
+    model: nn.Module,
+    names: list[str],
+    E: int,
+    factory: Callable[[], nn.Module] | None,
+    generator: torch.Generator,
+    stacklevel: int,
+) -> dict[str, Tensor]:
+    """Independently initialised parameters `{name: [E, ...]}` for `names`, on the device and in the dtype of the model's.
+
+    Each member comes from `factory()`, or where that is None from every module's own `reset_parameters`; what no reset
+    writes to is copied from the model, with one warning that names it.
+    """
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    stacks = {name: own[name].new_empty(E, *own[name].shape) for name in names}
+    draw = _resetter(model) if factory is None else partial(_made_by, factory, own)
+    copied: dict[str, None] = {}
+    for index, seed in enumerate(torch.randint(_MAX_SEED, (E,), generator=generator).tolist()):
+        with _seeded(seed), torch.no_grad():
+            drawn = draw()
+        for name in names:
+            unset = _unset(drawn[name])
+            if unset.any():
+                copied[name] = None
+                stacks[name][index] = torch.where(unset, own[name].to(unset.device), drawn[name])
+            else:
+                stacks[name][index] = drawn[name]
+    if copied:
+        warnings.warn(
+            f"no reset_parameters initialises {list(copied)}: every member starts from the model's own values there; "
+            "for a fresh start give a factory: reset=lambda: MyModel()",
+            stacklevel=stacklevel,
+        )
+    return stacks
+
+
+def _unset(value: Tensor) -> Tensor:
+    """Where a reset has written nothing: NaN is what it started from."""
+    return value.isnan() if is_numeric(value) else torch.zeros_like(value, dtype=torch.bool)
+
+
+def _resetter(model: nn.Module) -> Callable[[], dict[str, Tensor]]:
+    """A function that draws one member's parameters by the `reset_parameters` of a copy of `model` on the CPU."""
+    blank = copy_structure(model, lambda p: p.cpu().clone(), lambda buffer: buffer.detach().cpu().clone())
+    parameters = {name: parameter.detach() for name, parameter in blank.named_parameters()}
+    # Inner modules first, as constructors run; torch's own MultiheadAttention and Transformer have theirs underscored.
+    resets = [
+        getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        for module in reversed(list(blank.modules()))
+    ]
+
+    def draw() -> dict[str, Tensor]:
+        for parameter in parameters.values():
+            if is_numeric(parameter):
+                parameter.fill_(math.nan)
+        for reset in resets:
+            if reset is not None:
+                reset()
+        return parameters
+
+    return draw
+
+
+def _made_by(factory: Callable[[], nn.Module], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One member's parameters, from a module that `factory` makes; ValueError where it is not like the model."""
+    module = factory()
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"reset: expected a factory that returns a torch.nn.Module, it returned {module!r}")
+    made = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    check_keys(made, own, "reset: the factory's module")
+    wrong = [
+        f"{name}: {list(own[name].shape)} != {list(made[name].shape)}"
+        for name in own
+        if own[name].shape != made[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"reset: the shapes of the factory's module are not the model's: {'; '.join(wrong)}")
+    return made

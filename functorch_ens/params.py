@@ -1,0 +1,236 @@
+"""The parameter pytree of an ensemble, and how it is built from a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+from functorch_ens.checks import check_bool, check_generator, check_number, check_option, check_positive_int
+from functorch_ens.initialise import cpu_generator, fresh_members
+from functorch_ens.rank1 import choose_rank1, layout_of, rank1_names
+from functorch_ens.select import Selector, select
+from functorch_ens.structure import Site, is_numeric, parameter_sites
+
+
+class EnsembleParams(NamedTuple):
+    """The parameters of E members: a pytree, as `torch.func`, `torch.optim` and `torch.utils._pytree` take them.
+
+    Keys are the names in `model.named_parameters()`; the rank-1 vectors of a weight `name` are `name_r` and `name_s`.
+    """
+
+    shared: dict[str, Tensor]
+    """One tensor for all members."""
+    stacked: dict[str, Tensor]
+    """A leading axis E: member i owns `[i]`."""
+
+    @property
+    def E(self) -> int:
+        """The number of members."""
+        return next(iter(self.stacked.values())).shape[0]
+
+
+def ensemble_params(
+    model: nn.Module,
+    E: int,
+    *,
+    reset: bool | Callable[[], nn.Module] = True,
+    stacked: Selector | None = None,
+    generator: torch.Generator | None = None,
+) -> EnsembleParams:
+    """The parameters of a classic (deep) ensemble: every member has its own copy of every parameter.
+
+    >>> import torch, functorch_ens as fe
+    >>> model = torch.nn.Linear(3, 2)
+    >>> params = fe.ensemble_params(model, E=5)
+    >>> params.stacked["weight"].shape
+    torch.Size([5, 2, 3])
+
+    Args:
+        model: the network; it is only read.
+        E: the number of members.
+        reset: True draws fresh, independent parameters by every module's own `reset_parameters`; what has none is copied
+            from the model, with one warning that names it. A factory (`lambda: resnet18()`) is called once per member, and
+            keeps an initialisation that the model does in its constructor. False copies the model's parameters.
+        stacked: the parameters that each member owns: a name pattern, a list of them, or a predicate on
+            (name, parameter). The others are shared, with the model's own values: `stacked="head.*"` is a sub-ensemble.
+            None: all of them.
+        generator: the source of randomness; None is torch's global one, of which one number is drawn.
+
+    Returns: parameters that own their memory and are autograd leaves, in the model's dtype and on its device.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: `E` < 1, `stacked` chooses nothing, the factory's modules are not like `model`, or `model` has no
+            parameters or lazy ones.
+
+    Source: Lakshminarayanan, Pritzel & Blundell 2017, arXiv:1612.01474.
+    """
+    sites = parameter_sites(model)
+    E = check_positive_int(E, "E")
+    check_generator(generator)
+    if not callable(reset):
+        check_bool(reset, "reset")
+    own = dict(model.named_parameters())
+    owned = list(own) if stacked is None else _choose_parameters(stacked, sites)
+    if not owned:
+        raise ValueError(f"stacked: chooses no parameter of the model, got {stacked!r}")
+    shared = {name: own[name].detach().clone() for name in own if name not in owned}
+    if reset is False:
+        stacks = _repeated(own, owned, E)
+    else:
+        factory = None if reset is True else reset
+        stacks = fresh_members(model, owned, E, factory, cpu_generator(generator), stacklevel=3)
+    return EnsembleParams(_leaves(shared, own), _leaves(stacks, own))
+
+
+def batchensemble_params(
+    model: nn.Module,
+    E: int,
+    *,
+    init: str = "normal",
+    r_mean: float = 1.0,
+    r_std: float = 0.5,
+    s_mean: float = 1.0,
+    s_std: float = 0.5,
+    bias: str = "shared",
+    use_base_weights: bool = True,
+    layers: Selector | None = None,
+    stacked: Selector | None = None,
+    generator: torch.Generator | None = None,
+) -> EnsembleParams:
+    """The parameters of a BatchEnsemble: shared weights, and stacked rank-1 vectors `r`, `s` for each of them.
+
+    Member i computes with the weight `W * (r_i s_i^T)`: `s` `[E, in]` scales a layer's input, `r` `[E, out]` its output.
+
+    >>> import torch, functorch_ens as fe
+    >>> params = fe.batchensemble_params(torch.nn.Linear(3, 2), E=5)
+    >>> {name: list(tensor.shape) for name, tensor in {**params.shared, **params.stacked}.items()}
+    {'weight': [2, 3], 'bias': [2], 'weight_r': [5, 2], 'weight_s': [5, 3]}
+
+    Args:
+        model: the network; it is only read.
+        E: the number of members.
+        init: how `r` and `s` start: `"normal"` (with the means and standard deviations below), `"random_sign"` (+1 or -1,
+            equally likely) or `"ones"` (every member starts as the model itself).
+        r_mean, r_std, s_mean, s_std: of the normal distributions, used by `init="normal"` alone.
+        bias: `"shared"`, or `"stacked"`: every member has its own biases, starting from the same values, in the layers
+            that have `r` and `s`.
+        use_base_weights: True starts from the model's own parameters; False from fresh ones, drawn as in
+            `ensemble_params` (once for what is shared, per member for what `stacked` chooses).
+        layers: the modules whose weights get `r` and `s`: a name pattern (`"net.*"`), a list of them, or a predicate on
+            (name, module). A pattern that matches no module is read as parameter names, and can choose any parameter
+            of two or more dimensions. None: Linear, Conv, ConvTranspose, Bilinear, Embedding, MultiheadAttention, the
+            RNN family, and bare matrices.
+        stacked: parameters of which every member has a whole copy of its own (and no `r`, `s`), chosen as in
+            `ensemble_params`. None: none.
+        generator: the source of randomness; None is torch's global one, of which one number is drawn.
+
+    Returns: parameters that own their memory and are autograd leaves, in the model's dtype and on its device. `r` and `s`
+        are trainable also where the weight is frozen.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an unknown option, a negative standard deviation, a pattern without effect, or a model in which nothing
+            would get `r`, `s` or be stacked.
+
+    Source: Wen, Tran & Ba 2020, arXiv:2002.06715 (where `r` scales the input and `s` the output).
+    """
+    sites = parameter_sites(model)
+    E = check_positive_int(E, "E")
+    check_generator(generator)
+    check_option(init, ("normal", "random_sign", "ones"), "init")
+    check_option(bias, ("shared", "stacked"), "bias")
+    check_bool(use_base_weights, "use_base_weights")
+    r_mean, s_mean = check_number(r_mean, "r_mean"), check_number(s_mean, "s_mean")
+    r_std, s_std = check_number(r_std, "r_std", minimum=0), check_number(s_std, "s_std", minimum=0)
+
+    own = dict(model.named_parameters())
+    owned = [] if stacked is None else _choose_parameters(stacked, sites)
+    chosen = choose_rank1(model, sites, layers) - set(owned)
+    weights = [name for name in own if name in chosen]
+    if not weights and not owned:
+        raise ValueError(
+            f"layers, stacked: nothing in {type(model).__name__} would get r and s or be stacked; its parameters: {list(own)}"
+        )
+    biases = _biases(sites, weights) if bias == "stacked" else []
+    biases = [name for name in biases if name not in owned]
+
+    source = cpu_generator(generator)
+    base: Mapping[str, Tensor] = own
+    if use_base_weights:
+        stacks = _repeated(own, owned, E)
+    else:
+        stacks = fresh_members(model, owned, E, None, source, stacklevel=3) if owned else {}
+        once = [name for name in own if name not in owned]
+        base = {name: stack[0] for name, stack in fresh_members(model, once, 1, None, source, stacklevel=3).items()}
+    shared = {name: base[name].detach().clone() for name in own if name not in owned and name not in biases}
+    stacks |= _repeated(base, biases, E)
+
+    vectors: dict[str, Tensor] = {}
+    for name in weights:
+        weight, site = own[name], sites[name][0]
+        out, into = layout_of(site.module).sizes(weight)
+        r_name, s_name = rank1_names(name)
+        if r_name in own or s_name in own:
+            raise ValueError(
+                f"model: it already has a parameter named {r_name} or {s_name}; leave {name} out of layers"
+            )
+        vectors[r_name] = _vector(init, E, out, r_mean, r_std, source).to(weight)
+        vectors[s_name] = _vector(init, E, into, s_mean, s_std, source).to(weight)
+    return EnsembleParams(_leaves(shared, own), _leaves(vectors | stacks, own))
+
+
+def ensemble_buffers(model: nn.Module, E: int) -> dict[str, Tensor]:
+    """The model's buffers (BatchNorm statistics, masks), one copy per member: `{name: [E, ...]}`, `{}` where it has none.
+
+    Raises TypeError or ValueError as `ensemble_params` does.
+    """
+    parameter_sites(model)
+    E = check_positive_int(E, "E")
+    buffers = dict(model.named_buffers())
+    return _repeated(buffers, buffers, E)
+
+
+def _choose_parameters(selector: Selector, sites: Mapping[str, list[Site]]) -> list[str]:
+    """The parameters that `stacked` chooses, tied ones by any of their names, in the model's order."""
+    if callable(selector):
+        found = select(selector, {name: places[0].parameter for name, places in sites.items()}, "stacked")
+    else:
+        found = select(selector, {site.name: site.parameter for places in sites.values() for site in places}, "stacked")
+    return [name for name, places in sites.items() if any(site.name in found for site in places)]
+
+
+def _biases(sites: Mapping[str, list[Site]], weights: Sequence[str]) -> list[str]:
+    """The biases of the layers that the rank-1 `weights` are in."""
+    layers = {site.module for name in weights for site in sites[name]}
+    return [
+        name
+        for name, places in sites.items()
+        if any(s.module in layers and "bias" in s.leaf for s in places) and name not in weights
+    ]
+
+
+def _vector(init: str, E: int, length: int, mean: float, std: float, source: torch.Generator) -> Tensor:
+    """`r` or `s`: `[E, length]`, drawn in float64 on the CPU, so that every dtype and device gets the same numbers."""
+    if init == "ones":
+        return torch.ones(E, length, dtype=torch.float64)
+    if init == "random_sign":
+        return 2.0 * torch.randint(2, (E, length), generator=source, dtype=torch.float64) - 1.0
+    return mean + std * torch.randn(E, length, generator=source, dtype=torch.float64)
+
+
+def _repeated(tensors: Mapping[str, Tensor], names: Sequence[str] | Mapping[str, Tensor], E: int) -> dict[str, Tensor]:
+    """`{name: [E, ...]}`, the same values for every member."""
+    return {name: repeat(tensors[name].detach(), "... -> E ...", E=E).clone() for name in names}
+
+
+def _leaves(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New `tensors` as autograd leaves; frozen where the model's parameter is. `r` and `s` are always trained."""
+    return {
+        name: tensor.requires_grad_(is_numeric(tensor) and (name not in own or own[name].requires_grad))
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,273 @@
+"""What a rank-1 weight means for each kind of layer: its axes, its exact value, and the fast rules.
+
+A member's effective weight is `W_i = W * (r_i s_i^T)`: `s` scales what enters the layer, `r` what leaves it, before the bias,
+
+    y_i = (W (x * s_i)) * r_i + b
+
+(Wen, Tran & Ba 2020, arXiv:2002.06715, section 3.1, eq. 5; the paper calls `r` what is `s` here, and the other way round).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from functorch_ens.select import Selector, as_patterns, matches
+from functorch_ens.structure import Site, is_numeric
+
+
+class Layout(NamedTuple):
+    """How the axes of a weight are read: axis 0 is the output and axis 1 the input, or the other way round.
+
+    In a grouped layer axis 0 is split in `groups`, each of which has its own part of the other side.
+    """
+
+    groups: int = 1
+    transposed: bool = False  # axis 0 is the input
+
+    def sizes(self, weight: Tensor) -> tuple[int, int]:
+        """The lengths (out, in) of `r` and `s` for `weight`."""
+        first, second = weight.shape[0], weight.shape[1] * self.groups
+        return (second, first) if self.transposed else (first, second)
+
+
+class Rank1(NamedTuple):
+    """One member's rank-1 weight: the shared `weight`, with `r` `[out]` and `s` `[in]`."""
+
+    weight: Tensor
+    r: Tensor
+    s: Tensor
+    layout: Layout = Layout()
+
+    def materialise(self) -> Tensor:
+        """The effective weight `W * (r s^T)`, of the shape of `weight`."""
+        first, second = (self.s, self.r) if self.layout.transposed else (self.r, self.s)
+        groups = self.layout.groups
+        scale = rearrange(first, "(g a) -> g a 1", g=groups) * rearrange(second, "(g b) -> g 1 b", g=groups)
+        trailing = " 1" * (self.weight.ndim - 2)
+        return self.weight * rearrange(scale, f"g a b -> (g a) b{trailing}")
+
+
+def rank1_names(name: str) -> tuple[str, str]:
+    """The names of the `r` and the `s` of the weight called `name`."""
+    return f"{name}_r", f"{name}_s"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The registry: per layer class, the layout of its weights and, where there is one, a forward faster than materialising.
+
+Rule = Callable[..., Any]
+_layouts: dict[type[nn.Module], Callable[[Any], Layout]] = {}
+_rules: dict[type[nn.Module], tuple[Rule, frozenset[str]]] = {}
+
+
+def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout]) -> None:
+    """Say how the weights of `layer_types` (and their subclasses) are laid out, as a function of the layer.
+
+    Raises:
+        TypeError: one of `layer_types` is not a module class.
+    """
+    _check_layer_types(layer_types)
+    for layer_type in layer_types:
+        _layouts[layer_type] = layout
+
+
+def rank1_rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Register a fast forward for layers with rank-1 weights; used as a decorator.
+
+    The rule is called in place of the layer's own forward, as `rule(layer, *inputs, weight=Rank1(...))`: it is written for
+    ONE member, and its keyword-only arguments name the weights that it serves. Where a layer has other weights with `r`
+    and `s` than these, or a subclass has a forward of its own, the exact `W * (r s^T)` is used instead.
+
+    >>> import torch, functorch_ens as fe
+    >>> class Scaled(torch.nn.Linear):
+    ...     def forward(self, x):
+    ...         return 2 * super().forward(x)
+    >>> @fe.rank1_rule(Scaled)
+    ... def scaled(layer, x, *, weight):
+    ...     return 2 * (torch.nn.functional.linear(x * weight.s, weight.weight) * weight.r + layer.bias)
+    >>> model = Scaled(3, 2)
+    >>> params = fe.batchensemble_params(model, E=4)
+    >>> fe.make_forward(model)(params, torch.ones(5, 3)).shape
+    torch.Size([4, 5, 2])
+
+    Raises:
+        TypeError: one of `layer_types` is not a module class, or the rule has no keyword-only argument.
+    """
+    _check_layer_types(layer_types)
+
+    def register(rule: Rule) -> Rule:
+        arguments = inspect.signature(rule).parameters.values()
+        weights = frozenset(a.name for a in arguments if a.kind is a.KEYWORD_ONLY and a.default is a.empty)
+        if not weights:
+            raise TypeError(
+                f"rule: {rule!r} must take the weights it serves as keyword-only arguments: (layer, x, *, weight)"
+            )
+        for layer_type in layer_types:
+            _rules[layer_type] = (rule, weights)
+        return rule
+
+    return register
+
+
+def _check_layer_types(layer_types: tuple[Any, ...]) -> None:
+    for layer_type in layer_types:
+        if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
+            raise TypeError(f"layer_types: expected subclasses of torch.nn.Module, got {layer_type!r}")
+
+
+def layout_of(layer: nn.Module) -> Layout:
+    """The layout of the weights of `layer`: that of the nearest class in the registry, or output first, input second."""
+    for layer_type in type(layer).__mro__:
+        if layer_type in _layouts:
+            return _layouts[layer_type](layer)
+    return Layout()
+
+
+def rule_of(layer: nn.Module) -> tuple[Rule, frozenset[str]] | None:
+    """The fast rule for `layer` and the weights it serves; None where its forward is not the one the rule stands for."""
+    if "forward" in vars(layer):
+        return None
+    for layer_type in type(layer).__mro__:
+        if layer_type in _rules:
+            return _rules[layer_type]
+        # A class below the registered one that changes how it computes is another kind of layer.
+        if "forward" in vars(layer_type) or "_conv_forward" in vars(layer_type):
+            return None
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The fast rules: scale the activations, so that the shared weight serves all members in one product.
+
+
+def _leave(y: Tensor, r: Tensor, bias: Tensor | None, spatial: int = 0) -> Tensor:
+    """Scale what leaves a layer, `[..., out, *spatial]`, by `r` and add the bias, in the dtype of `y` (autocast)."""
+    shape = "c -> c" + " 1" * spatial
+    y = y * rearrange(r, shape).to(y.dtype)
+    return y if bias is None else y + rearrange(bias, shape).to(y.dtype)
+
+
+@rank1_rule(nn.Linear)
+def _linear(layer: nn.Linear, x: Tensor, *, weight: Rank1) -> Tensor:
+    return _leave(F.linear(x * weight.s, weight.weight), weight.r, layer.bias)
+
+
+@rank1_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _conv(layer: Any, x: Tensor, *, weight: Rank1) -> Tensor:
+    spatial = len(layer.kernel_size)
+    x = x * rearrange(weight.s, "c -> c" + " 1" * spatial)
+    # `_conv_forward` also does the padding modes; a scale per channel commutes with all of them.
+    return _leave(layer._conv_forward(x, weight.weight, None), weight.r, layer.bias, spatial)
+
+
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+@rank1_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _conv_transpose(layer: Any, x: Tensor, output_size: list[int] | None = None, *, weight: Rank1) -> Tensor:
+    spatial = len(layer.kernel_size)
+    x = x * rearrange(weight.s, "c -> c" + " 1" * spatial)
+    padding = layer._output_padding(
+        x, output_size, layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation
+    )
+    y = _CONV_TRANSPOSE[spatial](
+        x, weight.weight, None, layer.stride, layer.padding, padding, layer.groups, layer.dilation
+    )
+    return _leave(y, weight.r, layer.bias, spatial)
+
+
+@rank1_rule(nn.Embedding)
+def _embedding(layer: nn.Embedding, x: Tensor, *, weight: Rank1) -> Tensor:
+    if layer.scale_grad_by_freq:  # divides the gradient of an effective row by how often it was looked up
+        return F.embedding(x, weight.materialise(), layer.padding_idx, scale_grad_by_freq=True)
+    rows = F.embedding(x, weight.weight, layer.padding_idx)
+    s = F.embedding(x, rearrange(weight.s, "v -> v 1"), layer.padding_idx)
+    r = weight.r
+    if (
+        layer.padding_idx is not None
+    ):  # padding teaches nothing: F.embedding stops the gradient of W and s, this that of r
+        r = torch.where(rearrange(x == layer.padding_idx, "... -> ... 1"), r.detach(), r)
+    return rows * s * r
+
+
+rank1_layout(nn.Embedding, nn.EmbeddingBag, layout=lambda layer: Layout(transposed=True))
+rank1_layout(_ConvNd, layout=lambda layer: Layout(layer.groups))
+rank1_layout(_ConvTransposeNd, layout=lambda layer: Layout(layer.groups, transposed=True))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which weights get `r` and `s`.
+
+_WEIGHTED = (
+    nn.Linear,
+    _ConvNd,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def can_be_rank1(parameter: Tensor) -> bool:
+    """Whether `parameter` has the two axes that `r` and `s` run over, and values to scale."""
+    return parameter.ndim >= 2 and is_numeric(parameter)
+
+
+def is_rank1_by_default(site: Site) -> bool:
+    """Whether the parameter at `site` is a weight that gets `r` and `s` without being named."""
+    parameter = site.parameter
+    if not can_be_rank1(parameter) or isinstance(site.module, _NORMS):
+        return False
+    if isinstance(site.module, _WEIGHTED) and "weight" in site.leaf:
+        return True
+    return parameter.ndim == 2 and min(parameter.shape) > 1
+
+
+def choose_rank1(model: nn.Module, sites: Mapping[str, list[Site]], layers: Selector | None) -> set[str]:
+    """The names of the parameters that get `r` and `s`: the default ones, or those that `layers` chooses among them.
+
+    A pattern is read as module names. One that is no module's name is read as parameter names, and can then choose any
+    parameter of two or more dimensions (a position embedding, say).
+
+    Raises:
+        TypeError: `layers` is not a pattern, a list of patterns or a predicate.
+        ValueError: a pattern chooses nothing that can have `r` and `s`.
+    """
+    owned: dict[nn.Module, set[str]] = {}  # a module to the names of the weights in it that get r and s by default
+    for name, places in sites.items():
+        for site in places:
+            if is_rank1_by_default(site):
+                owned.setdefault(site.module, set()).add(name)
+    if layers is None:
+        return set().union(*owned.values())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if callable(layers):
+        return set().union(*(owned.get(module, ()) for name, module in model.named_modules() if layers(name, module)))
+
+    parameters = {site.name: name for name, places in sites.items() for site in places if can_be_rank1(site.parameter)}
+    chosen: set[str] = set()
+    for pattern in as_patterns(layers, "layers"):
+        named_modules = matches(pattern, modules)
+        if named_modules:
+            found = set().union(*(owned.get(modules[name], ()) for name in named_modules))
+        else:
+            found = {parameters[name] for name in matches(pattern, parameters)}
+        if not found:
+            raise ValueError(
+                f"layers: pattern {pattern!r} chooses no weight that can have r and s; a pattern must match the layers "
+                f"themselves ('net.*' for what is inside net). The weights that have them by default: {sorted(set().union(*owned.values()))}"
+            )
+        chosen |= found
+    return chosen

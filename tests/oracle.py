@@ -1,0 +1,123 @@
+"""What the library must equal: a plain Python loop over members, each an ordinary network with its own weights.
+
+Nothing here uses the library's arithmetic. A rank-1 weight is materialised entry by entry, from what `r` and `s` mean:
+output channel o is scaled by r[o], input channel i by s[i].
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
+
+import functorch_ens as fe
+
+# Relative to the largest value of a tensor. bfloat16 rounds every operation to 8 bits (4e-3), a few of which add up.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def materialise(module: nn.Module, weight: Tensor, r: Tensor, s: Tensor) -> Tensor:
+    """`W * (r s^T)` for a weight of `module`, one (axis 0, axis 1) pair at a time."""
+    groups = getattr(module, "groups", 1)
+    rows, columns = weight.shape[:2]
+    scale = []
+    for a in range(rows):
+        group = a // (rows // groups)
+        for b in range(columns):
+            if isinstance(module, _ConvTransposeNd):  # [in, out / groups, ...]
+                scale.append(s[a] * r[group * columns + b])
+            elif isinstance(module, _ConvNd):  # [out, in / groups, ...]
+                scale.append(r[a] * s[group * columns + b])
+            elif isinstance(module, nn.Embedding | nn.EmbeddingBag):  # [vocabulary, embedding]
+                scale.append(s[a] * r[b])
+            else:  # [out, in, ...]
+                scale.append(r[a] * s[b])
+    return weight * torch.stack(scale).reshape(rows, columns, *[1] * (weight.ndim - 2))
+
+
+def member_weights(model: nn.Module, params: fe.EnsembleParams, i: int) -> dict[str, Tensor]:
+    """The weights of member i by their first names, differentiable in `params`."""
+    tensors = {**params.shared, **{name: stack[i] for name, stack in params.stacked.items()}}
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # max_norm writes to what it is given
+    weights = {}
+    for name, _ in model.named_parameters():
+        weights[name] = tensors[name]
+        if f"{name}_r" in tensors:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            weights[name] = materialise(owner, tensors[name], tensors[f"{name}_r"], tensors[f"{name}_s"])
+    return weights
+
+
+def loop(
+    model: nn.Module,
+    params: fe.EnsembleParams,
+    *args: Any,
+    buffers: dict[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Every member called as an ordinary network, on a copy of `model`; outputs, and new buffers, stacked."""
+    outputs, new = [], []
+    for i in range(params.E):
+        member = copy.deepcopy(model)
+        mine = {} if buffers is None else {name: stack[i].clone() for name, stack in buffers.items()}
+        outputs.append(functional_call(member, {**member_weights(model, params, i), **mine}, args, kwargs))
+        new.append(mine)  # functional_call wrote the updates back to it
+    output = pytree.tree_map(lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs)
+    return output if buffers is None else (output, {name: torch.stack([b[name] for b in new]) for name in buffers})
+
+
+def gradients(call: Callable[[fe.EnsembleParams], Any], params: fe.EnsembleParams) -> dict[str, Tensor]:
+    """The gradient, in every parameter, of a fixed random combination of all outputs of `call`."""
+    leaves = [leaf for leaf in pytree.tree_leaves(call(params)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    source = torch.Generator().manual_seed(1)
+    total = sum((leaf * torch.randn(leaf.shape, generator=source).to(leaf)).sum() for leaf in leaves)
+    named = {**params.shared, **params.stacked}
+    assert isinstance(total, Tensor)
+    trained = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+    found = torch.autograd.grad(total, list(trained.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(trained, found, strict=True))
+
+
+def assert_same(got: Any, want: Any, tolerance: float | None = None) -> None:
+    """Equal pytrees, within `tolerance` (or the dtype's) of the largest value of each leaf, and of one form."""
+    got_leaves, got_spec = pytree.tree_flatten(got)
+    want_leaves, want_spec = pytree.tree_flatten(want)
+    assert got_spec == want_spec
+    for mine, theirs in zip(got_leaves, want_leaves, strict=True):
+        if not isinstance(theirs, Tensor):
+            assert mine == theirs
+            continue
+        allowed = tolerance if tolerance is not None else TOLERANCE.get(theirs.dtype, 0.0)
+        scale = max(1.0, theirs.abs().max().item()) if theirs.numel() else 1.0
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=allowed * scale)
+
+
+def snapshot(*objects: Any) -> list[Any]:
+    """Copies of all tensors in modules and pytrees, to compare with `assert_untouched`."""
+    return [[(name, tensor, tensor.detach().clone(), tensor._version) for name, tensor in _tensors(each)] for each in objects]
+
+
+def assert_untouched(before: list[Any], *objects: Any) -> None:
+    """That `objects` hold the very tensors that they held, with the same values, not written to."""
+    for saved, each in zip(before, objects, strict=True):
+        now = list(_tensors(each))
+        assert [name for name, *_ in saved] == [name for name, _ in now]
+        for (name, tensor, value, version), (_, current) in zip(saved, now, strict=True):
+            assert current is tensor and current._version == version, f"{name} was written to"
+            assert torch.equal(current, value) or current.isnan().any(), f"{name} changed"
+
+
+def _tensors(value: Any) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(value, nn.Module):
+        yield from value.named_parameters()
+        yield from value.named_buffers()
+    else:
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, Tensor):
+                yield pytree.keystr(path), leaf

@@ -1,0 +1,126 @@
+"""examples/compare.py, run as a user does."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import compare  # noqa: E402
+import data  # noqa: E402
+import models  # noqa: E402
+
+
+def _run(tmp_path: Path, *options: str) -> dict[str, Any]:
+    out, png = tmp_path / "out" / "results.json", tmp_path / "plot.png"
+    compare.main([*options, "--out", str(out), "--png", str(png), "--device", "cpu"])
+    with Image.open(png) as image:
+        assert image.format == "PNG" and image.width > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plot.png"]  # nothing half-written is left
+    report: dict[str, Any] = json.loads(out.read_text())
+    return report
+
+
+def test_the_main_job_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = _run(tmp_path, "--epochs", "8", "--members", "3", "--no-compile")
+    single, classic, be = (report["results"][kind] for kind in ("single network", "classic ensemble", "BatchEnsemble"))
+    for result, E in ((single, 1), (classic, 3), (be, 3)):
+        assert result["members"] == E == len(result["member_accuracy"]) == len(result["member_nll"])
+        assert result["ensemble_accuracy"] > 0.9 and 0 < result["ensemble_nll"] < 0.4
+        # Jensen: the mean probability is never worse than the mean of the members' log-probabilities.
+        assert result["ensemble_nll"] <= sum(result["member_nll"]) / E + 1e-9
+        assert result["epoch_seconds"] > 0 and result["evaluate_seconds"] > 0 and result["compile_seconds"] == 0
+    assert single["disagreement"] == 0 and classic["disagreement"] > 0 and be["disagreement"] > 0
+    mlp = 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
+    assert (single["parameters"], classic["parameters"]) == (mlp, 3 * mlp)
+    assert be["parameters"] == mlp + 3 * (64 + 128 + 128 + 128 + 128 + 10)
+    assert be["bytes"] == 4 * be["parameters"]
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith(("single", "classic", "BatchE", " " * 10))]
+    assert len(table) == 4 and len({len(line) for line in table}) == 1, "the columns do not line up"
+
+
+def test_the_same_seed_gives_the_same_result(tmp_path: Path) -> None:
+    def accuracies() -> Any:
+        results = _run(tmp_path, "--epochs", "1", "--members", "2", "--no-compile", "--seed", "3")["results"]
+        return [(result["member_nll"], result["disagreement"]) for result in results.values()]
+
+    assert accuracies() == accuracies()
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet18"])
+def test_other_models_on_a_folder_of_images(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "images"
+    for split, count in (("train", 6), ("test", 2)):
+        for label, colour in (("dark", 40), ("light", 200)):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (18, 16 + i), (colour + i, colour, colour)).save(folder / split / label / f"{i}.png")
+    options = ["--data", "folder", "--data-dir", str(folder), "--model", model, "--epochs", "1", "--no-compile"]
+    with pytest.raises(SystemExit, match=r"differ in size.*give --image-size N"):
+        compare.main(options)
+    report = _run(folder.parent / "run", *options, "--image-size", "16", "--members", "2", "--batch-size", "4")
+    assert all(result["bytes"] > 4 * result["parameters"] for result in report["results"].values())  # BatchNorm's buffers
+    assert all(math.isfinite(result["ensemble_nll"]) for result in report["results"].values())
+    assert "12 training and 4 test images of [3, 16, 16]" in capsys.readouterr().out
+
+
+def test_digits_are_all_there_and_normalised() -> None:
+    digits = data.load("digits", Path("nowhere"), None, torch.device("cpu"))
+    assert len(digits.train.labels) + len(digits.test.labels) == 1797
+    assert digits.train.images.dtype == torch.uint8 and digits.train.images.shape[1:] == (1, 8, 8)
+    x = data.normalise(digits.train.images)
+    assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    assert data.with_channels(digits, 3).test.images.shape == (360, 3, 8, 8)
+
+
+def test_the_notebooks_mlp() -> None:
+    assert sum(parameter.numel() for parameter in models.mlp(3072, 10).parameters()) == 411_146
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "folder", "--data-dir", "nowhere"], r"nowhere is no image folder.*\nNeeded: DIR/train/CLASS"),
+        (["--model", "resnet19"], "expected mlp, cnn or a torchvision classification model such as resnet18, got resnet19"),
+    ],
+)
+def test_what_cannot_be_had_is_said(options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        compare.main(options)
+
+
+def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", refuse)
+    with pytest.raises(SystemExit, match=r"CIFAR-10 is not in .*no network\n.*--data-dir(.|\n)*--data folder(.|\n)*--data digits"):
+        compare.main(["--data", "cifar10", "--data-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("option", [["--members", "0"], ["--lr", "-1"], ["--epochs", "many"], ["--init", "zeros"]])
+def test_bad_options_are_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        compare.main(option)
+    assert caught.value.code == 2 and option[0] in capsys.readouterr().err
+
+
+def test_help_and_a_compiled_run_from_the_command_line(tmp_path: Path) -> None:
+    def run(*options: str) -> str:
+        command = [sys.executable, str(EXAMPLES / "compare.py"), *options]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    assert "--members" in run("--help")
+    assert "BatchEnsemble" in run("--epochs", "1", "--members", "2")
+    assert (tmp_path / "compare.png").stat().st_size > 10_000

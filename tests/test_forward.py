@@ -1,0 +1,541 @@
+"""make_forward: strategies, randomness, chunks, member inputs, buffers, purity, transforms and compilation."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import MODELS, Case, Residual, fast_layers, members, model_case, randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_same, assert_untouched, gradients, loop, snapshot
+from torch import Tensor, nn
+from torch.func import grad, grad_and_value
+
+import functorch_ens as fe
+
+
+def both_kinds(model: nn.Module, E: int) -> list[fe.EnsembleParams]:
+    """A classic ensemble and a BatchEnsemble whose members all differ."""
+    classic = fe.ensemble_params(model, E, reset=False)
+    for stack in classic.stacked.values():
+        with torch.no_grad():
+            stack += 0.3 * torch.randn_like(stack)
+    return [classic, fe.batchensemble_params(model, E, bias="stacked")]
+
+
+@given(case=fast_layers, E=members, chunk=st.sampled_from([None, 1, 2, 9]))
+def test_vmap_equals_loop_equals_oracle(case: Case, E: int, chunk: int | None) -> None:
+    for params in both_kinds(case.model, E):
+        want = loop(case.model, params, *case.args)
+        want_gradients = gradients(lambda p: loop(case.model, p, *case.args), params)  # noqa: B023
+        for strategy in ("vmap", "loop"):
+            forward = fe.make_forward(case.model, strategy=strategy, chunk_size=chunk)
+            assert_same(forward(params, *case.args), want)
+            assert_same(gradients(lambda p: forward(p, *case.args), params), want_gradients)  # noqa: B023
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_classic_ensembles_of_any_model(name: str, train: bool) -> None:
+    case = model_case(name)
+    case.model.train(train)
+    for module in case.model.modules():
+        if isinstance(module, nn.Dropout | nn.MultiheadAttention):
+            module.eval()
+    if name == "transformer":
+        case.model.self_attn.dropout = 0.0  # type: ignore[union-attr,assignment]
+    params = both_kinds(case.model, 3)[0]
+    buffers = fe.ensemble_buffers(case.model, 3)
+    want = loop(case.model, params, *case.args, buffers=buffers)
+    want_gradients = gradients(lambda p: loop(case.model, p, *case.args, buffers=buffers), params)
+    for strategy in ("auto", "loop"):
+        forward = fe.make_forward(case.model, strategy=strategy)
+        assert_same(forward(params, *case.args, buffers=buffers), want)
+        got = gradients(lambda p, forward=forward: forward(p, *case.args, buffers=buffers), params)
+        assert_same(got, want_gradients)
+
+
+def _dropout_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 8)).double()
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_dropout_differs_between_members_or_is_the_same(strategy: str) -> None:
+    model, x = _dropout_net(), randn(5, 4)
+    params = fe.ensemble_params(model, 3, reset=False)  # equal members: all that can differ is dropout
+    different = fe.make_forward(model, strategy=strategy)(params, x)
+    assert not torch.allclose(different[0], different[1]) and not torch.allclose(different[1], different[2])
+    same = fe.make_forward(model, strategy=strategy, randomness="same")
+    outputs = same(params, x)
+    assert_same(outputs, outputs[:1].expand(3, -1, -1))
+    assert not torch.allclose(same(params, x), outputs)  # and new ones at the next call
+    with pytest.raises(RuntimeError, match="random"):
+        fe.make_forward(model, strategy=strategy, randomness="error")(params, x)
+    model.eval()
+    assert_same(same(params, x), fe.make_forward(model, strategy=strategy, randomness="error")(params, x))
+    torch.manual_seed(3)
+    first = fe.make_forward(model.train(), strategy=strategy)(params, x)
+    torch.manual_seed(3)
+    assert torch.equal(first, fe.make_forward(model, strategy=strategy)(params, x))
+
+
+def test_training_mode_is_that_of_the_model_at_the_call() -> None:
+    model, x = _dropout_net(), randn(5, 4)
+    params = fe.ensemble_params(model, 2)
+    forward = fe.make_forward(model)
+    assert not torch.equal(forward(params, x), forward(params, x))
+    model.eval()
+    assert torch.equal(forward(params, x), forward(params, x))
+    model[1].train()  # one submodule alone
+    assert not torch.equal(forward(params, x), forward(params, x))
+
+
+@given(E=members, batch=st.integers(1, 4))
+def test_member_inputs(E: int, batch: int) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor, factor: float, *, offset: Tensor, mask: None = None) -> Tensor:
+            return self.layer(x) * factor + offset
+
+    model, x, offset = Scaled(), randn(E, batch, 3), randn(E, batch, 2)
+    for params in both_kinds(model, E):
+        want = torch.stack([loop(model, params, x[i], 2.0, offset=offset[i])[i] for i in range(E)])
+        for strategy in ("vmap", "loop"):
+            forward = fe.make_forward(model, strategy=strategy, member_inputs=True)
+            assert_same(forward(params, x, 2.0, offset=offset), want)
+            with pytest.raises(ValueError, match=rf"member axis of {E}.*\[{E + 1}, {batch}, 3\]"):
+                forward(params, randn(E + 1, batch, 3), 2.0, offset=offset)
+            with pytest.raises(ValueError, match=r"\[\]"):
+                forward(params, x, 2.0, offset=torch.tensor(0.0))
+
+
+class _Outputs(nn.Module):
+    """Tensors, None, a number and text, nested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.layer(x)
+        return {"y": y, "pair": (y.sum(), None), "note": "text", "list": [y, 3], "shared": x}
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_outputs_are_pytrees(strategy: str) -> None:
+    model, x = _Outputs().double(), randn(4, 3)
+    params = fe.batchensemble_params(model, 2)
+    got = fe.make_forward(model, strategy=strategy)(params, x)
+    assert_same(got, loop(model, params, x))
+    assert got["pair"][1] is None and got["note"] == "text" and got["list"][1] == 3
+    assert got["shared"].shape == (2, 4, 3) and got["pair"][0].shape == (2,)
+
+
+def test_an_output_number_that_differs_between_members_is_an_error() -> None:
+    class Number(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, float]:  # type: ignore[override]
+            y = super().forward(x)
+            return y, y.sum().item()
+
+    model = Number(3, 2)
+    with pytest.raises(TypeError, match="must be the same for every member"):
+        fe.make_forward(model, strategy="loop")(fe.batchensemble_params(model, 2), torch.ones(1, 3))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Buffers
+
+
+def _norm_net(kind: type[nn.Module]) -> nn.Module:
+    return nn.Sequential(nn.Conv1d(2, 3, 2), kind(3, affine=True, track_running_stats=True), nn.ReLU()).double()
+
+
+@pytest.mark.parametrize(("kind", "momentum"), [(nn.BatchNorm1d, 0.1), (nn.BatchNorm1d, None), (nn.InstanceNorm1d, 0.1)])
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_batchnorm_statistics_are_those_of_each_member_trained_alone(kind: type[nn.Module], strategy: str, momentum: Any) -> None:
+    model = _norm_net(kind)
+    model[1].momentum = momentum  # type: ignore[index]
+    forward = fe.make_forward(model, strategy=strategy)
+    for params in both_kinds(model, 3):
+        buffers = want = fe.ensemble_buffers(model, 3)
+        for _ in range(3):
+            x = randn(4, 2, 6)
+            before = snapshot(model, params, buffers, x)
+            expected, want = loop(model, params, x, buffers=want)
+
+            def loss(p: fe.EnsembleParams, b: dict[str, Tensor], x: Tensor = x) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+                y, b = forward(p, x, buffers=b)
+                return y.square().sum(), (y.detach(), b)
+
+            _, (_, (got, new)) = grad_and_value(loss, has_aux=True)(params, buffers)
+            assert_untouched(before, model, params, buffers, x)
+            assert_same(got, expected)
+            assert_same(new, want)
+            buffers = new
+        if kind is nn.BatchNorm1d:  # InstanceNorm has the counter, and does not count
+            assert buffers["1.num_batches_tracked"].tolist() == [3, 3, 3]
+        assert not torch.allclose(buffers["1.running_mean"][0], buffers["1.running_mean"][1])
+        model.eval()
+        x = randn(4, 2, 6)
+        got, after = forward(params, x, buffers=buffers)
+        assert_same(got, loop(model, params, x, buffers=buffers)[0])
+        assert_same(after, buffers)
+        model.train()
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_an_update_that_would_be_lost_is_an_error(strategy: str) -> None:
+    class Counting(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.in_place = in_place
+            self.register_buffer("calls", torch.tensor(0))
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training and self.in_place:
+                self.calls += 1
+                with torch.no_grad():
+                    self.mean.mul_(0.9).add_(0.1 * self.layer(x).mean(0))
+            elif self.training:
+                self.calls = self.calls + 1
+            return self.layer(x)
+
+    for model in (_norm_net(nn.BatchNorm1d), Counting(True), Counting(False)):
+        x = randn(4, 2, 6) if isinstance(model, nn.Sequential) else torch.randn(4, 2)
+        forward = fe.make_forward(model, strategy=strategy)
+        params = fe.batchensemble_params(model, 2)
+        before = snapshot(model, params)
+        with pytest.raises(ValueError, match=r"buffers: got None.*(running_mean|calls)"):
+            forward(params, x)
+        assert_untouched(before, model, params)
+        _, buffers = forward(params, x, buffers=fe.ensemble_buffers(model, 2))
+        assert all(count.tolist() == [1, 1] for name, count in buffers.items() if count.dtype == torch.int64)
+        if isinstance(model, Counting) and model.in_place:
+            assert not torch.allclose(buffers["mean"][0], buffers["mean"][1])
+        model.eval()
+        assert_same(forward(params, x), loop(model, params, x))
+
+
+def test_eval_reads_the_models_own_buffers() -> None:
+    model, x = _norm_net(nn.BatchNorm1d).eval(), randn(4, 2, 6)
+    forward, params = fe.make_forward(model), fe.batchensemble_params(model, 2)
+    first = forward(params, x)
+    with torch.no_grad():
+        model[1].running_mean.add_(1.0)  # type: ignore[index,union-attr]
+    assert not torch.allclose(first, forward(params, x))
+    assert_same(forward(params, x), loop(model, params, x))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Purity: nothing is left behind
+
+
+class _Caching(nn.Module):
+    """Keeps tensors, numbers and lists on itself between calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.cached: Tensor | None = None
+        self.history: list[Tensor] = []
+        self.seen = {"calls": 0}
+        self.constant = torch.ones(3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cached is None:
+            self.cached = self.layer(x)
+            self.register_buffer("late", self.cached.detach())
+        self.history.append(self.cached)
+        self.seen["calls"] += 1
+        self.constant += 1
+        return self.layer(x) + self.cached + len(self.history) + self.seen["calls"] + self.constant
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_what_a_model_keeps_on_itself_does_not_leak(strategy: str) -> None:
+    model = _Caching().double()
+    forward = fe.make_forward(model, strategy=strategy)
+    params = fe.batchensemble_params(model, 3)
+    for _ in range(3):
+        x = randn(4, 3)
+        assert_same(forward(params, x), loop(model, params, x))
+    assert model.cached is None and model.history == [] and model.seen == {"calls": 0}
+    assert torch.equal(model.constant, torch.ones(3, dtype=torch.float64)) and "late" not in dict(model.named_buffers())
+    kept = [value for module in forward._template._module.modules() for value in vars(module).values()]
+    assert not [value for value in kept if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)]
+
+
+def test_a_cache_does_not_leak_from_compiled_calls() -> None:
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.cached: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.cached is None:
+                self.cached = self.layer(x)
+            return self.cached * 2
+
+    model = Cached().double()
+    params = fe.batchensemble_params(model, 3)
+    compiled = torch.compile(fe.make_forward(model), fullgraph=True)
+    for _ in range(2):
+        x = randn(4, 3)
+        assert_same(compiled(params, x), loop(model, params, x))
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_passed_in_is_modified(name: str, strategy: str) -> None:
+    case = model_case(name)
+    forward = fe.make_forward(case.model, strategy="auto" if strategy == "vmap" else strategy)
+    for params in both_kinds(case.model, 2):
+        buffers = fe.ensemble_buffers(case.model, 2)
+        before = snapshot(case.model, params, buffers, case.args)
+        attributes = {name: dict(vars(module)) for name, module in case.model.named_modules()}
+        forward(params, *case.args)
+        case.model.train()
+        forward(params, *case.args, buffers=buffers)
+        case.model.eval()
+        assert_untouched(before, case.model, params, buffers, case.args)
+        now = {name: dict(vars(module)) for name, module in case.model.named_modules()}
+        assert now.keys() == attributes.keys()
+        assert all(now[name][key] is value for name in now for key, value in attributes[name].items() if key != "training")
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_max_norm_does_not_renormalise_the_parameters(kind: type[nn.Module], strategy: str) -> None:
+    model = kind(5, 3, max_norm=0.1).double()
+    x = torch.tensor([[0], [2], [2]])
+    for params in both_kinds(model, 2):
+        before = snapshot(model, params)
+        forward = fe.make_forward(model, strategy=strategy)
+        y = forward(params, x)
+        assert (y.norm(dim=-1) < 0.1 + 1e-6).all()
+        assert_same(y, loop(model, params, x))
+        assert_same(gradients(lambda p, f=forward: f(p, x), params), gradients(lambda p: loop(model, p, x), params))
+        assert_untouched(before, model, params)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Strategies
+
+
+def test_auto_takes_vmap_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "functorch_ens"):
+        forward = fe.make_forward(nn.Linear(2, 2))
+    assert forward.strategy == "vmap" and "'vmap'" in caplog.text and "Linear" in caplog.text
+
+
+def test_auto_takes_the_loop_for_what_is_known_to_need_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "functorch_ens"):
+        forward = fe.make_forward(nn.ModuleDict({"body": nn.LSTM(2, 2)}))
+    assert forward.strategy == "loop" and "body (LSTM)" in forward.reason and forward.reason in caplog.text
+
+
+class _Branching(nn.Module):
+    """Control flow that depends on data: no vmap can follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y if y.sum() > 0 else -2 * y
+
+
+def test_auto_falls_back_to_the_loop_once_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = _Branching().double(), randn(4, 3)
+    params = fe.ensemble_params(model, 6)
+    forward = fe.make_forward(model)
+    assert forward.strategy == "vmap"
+    with caplog.at_level(logging.WARNING, "functorch_ens"):
+        assert_same(forward(params, x), loop(model, params, x))
+    assert forward.strategy == "loop" and forward.reason.startswith("vmap failed: ") and forward.reason in caplog.text
+    assert_same(gradients(lambda p: forward(p, x), params), gradients(lambda p: loop(model, p, x), params))
+
+
+def test_vmap_that_cannot_says_what_can() -> None:
+    model = _Branching()
+    forward = fe.make_forward(model, strategy="vmap")
+    with pytest.raises(RuntimeError, match='vmap cannot serve _Branching, strategy="loop" can'):
+        forward(fe.ensemble_params(model, 2), torch.ones(4, 3))
+    assert forward.strategy == "vmap"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Transforms and compilation
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("kind", ["classic", "batchensemble"])
+def test_compiles_whole_with_gradient_and_buffers(kind: str, strategy: str) -> None:
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double()
+    params = both_kinds(model, 3)[kind == "batchensemble"]
+    buffers, x, y = fe.ensemble_buffers(model, 3), randn(5, 2, 6), torch.randint(3, (5,))
+    forward = fe.make_forward(model, strategy=strategy)
+
+    def loss(p: fe.EnsembleParams) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, new = forward(p, x, buffers=buffers)
+        return sum(F.cross_entropy(member, y) for member in logits), new  # type: ignore[return-value]
+
+    step = grad_and_value(loss, has_aux=True)
+    compiled = torch.compile(step, fullgraph=True)
+    assert_same(compiled(params), step(params))
+    model.eval()
+    assert_same(torch.compile(forward, fullgraph=True)(params, x), forward(params, x))
+
+
+@settings(max_examples=5)  # a compilation each
+@given(case=fast_layers, E=members)
+def test_any_fast_rule_compiles(case: Case, E: int) -> None:
+    torch.compiler.reset()
+    params = fe.batchensemble_params(case.model, E)
+    compiled = torch.compile(fe.make_forward(case.model), fullgraph=True)
+    assert_same(compiled(params, *case.args), loop(case.model, params, *case.args))
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_autograd_and_functional_gradients_agree(strategy: str) -> None:
+    model, x = Residual().double(), randn(4, 4)
+    forward = fe.make_forward(model, strategy=strategy)
+    for params in both_kinds(model, 3):
+        functional = grad(lambda p: forward(p, x)["logits"].square().sum())(params)
+        assert isinstance(functional, fe.EnsembleParams)
+        forward(params, x)["logits"].square().sum().backward()
+        for mine, theirs in zip((*functional.shared.values(), *functional.stacked.values()), (*params.shared.values(), *params.stacked.values()), strict=True):
+            assert theirs.grad is not None
+            assert_same(mine, theirs.grad)
+
+
+@given(case=fast_layers, E=st.integers(2, 4), i=st.integers(0, 3))
+def test_members_are_independent_and_in_order(case: Case, E: int, i: int) -> None:
+    """Permuting the members permutes the outputs, and a member's output has no gradient in another's own parameters."""
+    i %= E
+    forward = fe.make_forward(case.model)
+    for params in both_kinds(case.model, E):
+        order = torch.randperm(E)
+        permuted = params._replace(stacked={name: stack.detach()[order] for name, stack in params.stacked.items()})
+        assert_same(forward(permuted, *case.args), forward(params, *case.args)[order])
+        total = forward(params, *case.args)[i].sum()
+        for stack in torch.autograd.grad(total, list(params.stacked.values()), allow_unused=True, materialize_grads=True):
+            assert not stack[[j for j in range(E) if j != i]].any()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"strategy": "fast"}, ValueError, "strategy: expected one of .*'auto', 'vmap', 'loop'.* got 'fast'"),
+        ({"randomness": None}, ValueError, "randomness: expected one of .* got None"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected a positive int, got 0"),
+        ({"chunk_size": 1.5}, TypeError, r"chunk_size: expected a positive int, got 1\.5"),
+        ({"member_inputs": 1}, TypeError, "member_inputs: expected True or False, got 1"),
+    ],
+)
+def test_unknown_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fe.make_forward(nn.Linear(2, 2), **options)
+
+
+def _bad_params(change: str) -> Any:
+    good = fe.batchensemble_params(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 3)
+    shared, stacked = dict(good.shared), dict(good.stacked)
+    match change:
+        case "a plain dict":
+            return shared
+        case "nothing stacked":
+            stacked = {}
+        case "missing":
+            del shared["1.bias"]
+        case "unexpected":
+            shared["2.weight"] = torch.ones(2, 2)
+        case "r without s":
+            del stacked["0.weight_s"]
+        case "twice":
+            stacked["0.bias"] = torch.ones(3, 4)
+        case "member axis":
+            stacked["1.weight_r"] = torch.ones(2, 2)
+        case "no member axis":
+            stacked = {name: stack[0, 0] for name, stack in stacked.items()}
+        case "transposed":
+            shared["0.weight"] = shared["0.weight"].T
+    return fe.EnsembleParams(shared, stacked)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ("a plain dict", TypeError, "params: expected EnsembleParams.*got dict"),
+        ("nothing stacked", ValueError, "params: nothing is stacked"),
+        ("missing", ValueError, r"params.*missing \['1.bias'\], unexpected \[\]"),
+        ("unexpected", ValueError, r"params.*missing \[\], unexpected \['2.weight'\]"),
+        ("r without s", ValueError, r"params: r and s come in pairs.*0.weight_r"),
+        ("twice", ValueError, r"params: both shared and stacked: \['0.bias'\]"),
+        ("member axis", ValueError, r"params: wrong shape.*1.weight_r: expected \[3, 2\], got \[2, 2\]"),
+        ("no member axis", ValueError, r"params: 0.weight_r: expected a leading member axis"),
+        ("transposed", ValueError, r"params: wrong shape: 0.weight: expected \[4, 3\], got \[3, 4\]"),
+    ],
+)
+def test_parameters_that_do_not_fit(change: str, error: type[Exception], message: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        fe.make_forward(model)(_bad_params(change), torch.ones(1, 3))
+    with pytest.raises(error, match=message):
+        fe.member_params(model, _bad_params(change), 0)
+    assert_untouched(before, model)
+
+
+def test_parameters_of_another_model_are_named() -> None:
+    params = fe.ensemble_params(nn.ModuleDict({"head": nn.Linear(2, 2)}), 2)
+    with pytest.raises(ValueError, match=r"Linear.*missing \['weight', 'bias'\], unexpected \['head.weight', 'head.bias'\]"):
+        fe.make_forward(nn.Linear(2, 2))(params, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("buffers", "error", "message"),
+    [
+        ([], TypeError, "buffers: expected a dict.*got list"),
+        ({}, ValueError, r"buffers.*missing \['1.running_mean'"),
+        ({"x": torch.ones(2)}, ValueError, r"unexpected \['x'\]"),
+        ("one member", ValueError, r"buffers: wrong shape with a leading member axis of 2: 1.running_mean: expected \[2, 3\], got \[1, 3\]"),
+    ],
+)
+def test_buffers_that_do_not_fit(buffers: Any, error: type[Exception], message: str) -> None:
+    model = _norm_net(nn.BatchNorm1d)
+    if buffers == "one member":
+        buffers = fe.ensemble_buffers(model, 1)
+    with pytest.raises(error, match=message):
+        fe.make_forward(model)(fe.ensemble_params(model, 2), randn(4, 2, 6), buffers=buffers)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "vmap", "loop"])
+def test_the_models_own_error_comes_through(strategy: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    params = fe.batchensemble_params(model, 5)
+    forward = fe.make_forward(model, strategy=strategy)
+    before = snapshot(model, params)
+    with pytest.raises(RuntimeError, match=r"The size of tensor a \(7\) must match|cannot be multiplied") as caught:
+        forward(params, torch.ones(4, 7))
+    assert any("each of the 5 members gets every input [B, ...] whole" in note and "[4, 7]" in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError, match="forward"):
+        forward(params, torch.ones(4, 3), unknown=1)
+    assert_untouched(before, model, params)
+    assert forward.strategy == ("loop" if strategy == "loop" else "vmap")
+    assert_same(forward(params, torch.ones(4, 3)).double(), loop(model, params, torch.ones(4, 3)).double(), 1e-5)

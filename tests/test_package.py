@@ -1,0 +1,42 @@
+"""The front door: what is exported, that it is documented, and that README's code runs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import functorch_ens
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_exports_are_sorted_unique_there_and_documented() -> None:
+    names = functorch_ens.__all__
+    assert list(names) == sorted(set(names))
+    for name in names:
+        assert inspect.getdoc(getattr(functorch_ens, name)), f"{name} has no docstring"
+
+
+def test_imports_point_one_way() -> None:
+    """No module of the package imports one that, at any remove, imports it."""
+    files = {path.stem: path for path in (ROOT / "functorch_ens").glob("*.py")}
+    imports = {stem: set(re.findall(r"from functorch_ens\.(\w+) import", path.read_text())) for stem, path in files.items()}
+    assert imports["forward"] and imports["params"]
+    order: list[str] = []
+    while len(order) < len(imports):
+        ready = [stem for stem in imports if stem not in order and imports[stem] <= set(order)]
+        assert ready, f"a circle among {sorted(set(imports) - set(order))}"
+        order += ready
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL))
+def test_readme_code_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every python block, from a fresh namespace; where the block says `# prints: ...`, that is what it prints."""
+    exec(compile(code, "README.md", "exec"), {})
+    promised = re.findall(r"# prints: (.*)", code)
+    printed = capsys.readouterr().out
+    for line in promised:
+        assert line in printed

@@ -1,0 +1,425 @@
+"""ensemble_params, batchensemble_params and ensemble_buffers: what is in them, where it comes from, whose memory it is."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from cases import MODELS, Matrices, Tied, members, model_case
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import assert_untouched, snapshot
+from torch import Tensor, nn
+
+import functorch_ens as fe
+
+
+def _net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def _all(params: fe.EnsembleParams) -> dict[str, Tensor]:
+    return {**params.shared, **params.stacked}
+
+
+def _quietly(make: Any, *args: Any, **options: Any) -> fe.EnsembleParams:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        params: fe.EnsembleParams = make(*args, **options)
+    return params
+
+
+def _source(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is in them
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_shapes_and_kinds(name: str) -> None:
+    model = model_case(name).model
+    own = dict(model.named_parameters())
+    classic = _quietly(fe.ensemble_params, model, 3)
+    assert classic.E == 3 and classic.shared == {}
+    assert {k: v.shape for k, v in classic.stacked.items()} == {k: (3, *v.shape) for k, v in own.items()}
+    be = fe.batchensemble_params(model, 3)
+    assert {k: v.shape for k, v in be.shared.items()} == {k: v.shape for k, v in own.items()}
+    assert all(torch.equal(be.shared[k], own[k]) for k in own)
+    assert be.E == 3 and be.stacked and all(k.endswith(("_r", "_s")) and v.shape[0] == 3 for k, v in be.stacked.items())
+    for params in (classic, be):
+        for tensor in _all(params).values():
+            assert tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float64 and tensor.is_contiguous()
+
+
+@given(E=members, seed=st.integers(0, 2**40), double=st.booleans())
+def test_the_generator_decides_alone(E: int, seed: int, double: bool) -> None:
+    model = _net().double() if double else _net()
+
+    def make(g: torch.Generator | None) -> list[fe.EnsembleParams]:
+        return [
+            fe.ensemble_params(model, E, generator=g),
+            fe.ensemble_params(model, E, reset=_net, generator=g),
+            fe.batchensemble_params(model, E, generator=g),
+            fe.batchensemble_params(model, E, init="random_sign", use_base_weights=False, stacked="3.*", generator=g),
+        ]
+
+    before = torch.get_rng_state()
+    first = make(_source(seed))
+    assert torch.equal(before, torch.get_rng_state()), "the global random state was touched"
+    torch.rand(3)
+    second = make(_source(seed))
+    other = make(_source(seed + 1))
+    torch.manual_seed(seed)
+    third = make(None)
+    torch.manual_seed(seed)
+    fourth = make(None)
+    for a, b, c, d, e in zip(first, second, other, third, fourth, strict=True):
+        for name, tensor in _all(a).items():
+            assert torch.equal(tensor, _all(b)[name]) and torch.equal(_all(d)[name], _all(e)[name])
+        assert any(not torch.equal(tensor, _all(c)[name]) for name, tensor in _all(a).items())
+    two = fe.ensemble_params(model, E), fe.ensemble_params(model, E)
+    assert not torch.equal(two[0].stacked["0.weight"], two[1].stacked["0.weight"]), "the global generator did not advance"
+
+
+def test_members_start_apart() -> None:
+    for params in (fe.ensemble_params(_net(), 4), fe.ensemble_params(_net(), 4, reset=_net)):
+        for name in ("0.weight", "0.bias", "3.weight", "3.bias"):
+            stack = params.stacked[name]
+            assert all(not torch.equal(stack[i], stack[j]) for i in range(4) for j in range(i))
+    params = fe.batchensemble_params(_net(), 4)
+    for stack in params.stacked.values():
+        assert all(not torch.equal(stack[i], stack[j]) for i in range(4) for j in range(i))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# reset
+
+
+def test_reset_draws_as_reset_parameters_does() -> None:
+    model = nn.Sequential(nn.Linear(100, 50), nn.LayerNorm(50), nn.Embedding(30, 40, padding_idx=3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    stacked = fe.ensemble_params(model, 8).stacked
+    weight = stacked["0.weight"]  # uniform in +-1/sqrt(in): standard deviation 1/sqrt(3 in)
+    assert weight.abs().max() <= 0.1 and weight.std(unbiased=False).item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
+    assert stacked["0.bias"].abs().max() <= 0.1
+    assert torch.equal(stacked["1.weight"], torch.ones(8, 50)) and torch.equal(stacked["1.bias"], torch.zeros(8, 50))
+    assert not stacked["2.weight"][:, 3].any() and stacked["2.weight"].std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_reset_uses_torchs_underscored_ones_after_the_inner_ones() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stacked = fe.ensemble_params(nn.MultiheadAttention(4, 2), 3).stacked
+    assert not torch.equal(stacked["in_proj_weight"][0], stacked["in_proj_weight"][1])
+    assert not stacked["out_proj.bias"].any()  # as its constructor leaves it: zero
+
+
+def test_reset_copies_what_nothing_initialises_and_says_so_once() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(1, 4))
+            self.layer = nn.Linear(4, 2)
+            self.part = _Part()
+
+    class _Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.arange(6.0).reshape(2, 3))
+
+        def reset_parameters(self) -> None:
+            with torch.no_grad():
+                self.table[0].normal_()
+
+    model = Net()
+    with pytest.warns(UserWarning, match=r"no reset_parameters initialises \['token', 'part.table'\]") as caught:
+        stacked = fe.ensemble_params(model, 5).stacked
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert all(torch.equal(token, model.token) for token in stacked["token"])
+    assert all(torch.equal(table[1], model.part.table[1]) for table in stacked["part.table"])
+    assert not torch.equal(stacked["part.table"][0, 0], stacked["part.table"][1, 0])
+
+
+def test_a_factory_keeps_what_the_constructor_does() -> None:
+    def factory() -> nn.Module:
+        model = _net()
+        nn.init.constant_(model[3].weight, 0.25)  # type: ignore[arg-type]
+        return model
+
+    params = fe.ensemble_params(_net(), 3, reset=factory)
+    assert torch.equal(params.stacked["3.weight"], torch.full((3, 2, 4), 0.25))
+    assert not torch.equal(params.stacked["0.weight"][0], params.stacked["0.weight"][1])
+
+
+@pytest.mark.parametrize(
+    ("factory", "error", "message"),
+    [
+        (lambda: 3, TypeError, "reset: expected a factory that returns a torch.nn.Module, it returned 3"),
+        (lambda: nn.Linear(3, 4), ValueError, r"reset.*missing \['0.weight'.*unexpected \['weight', 'bias'\]"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)),
+            ValueError,
+            r"reset: the shapes.*0.weight: \[4, 3\] != \[5, 3\]",
+        ),
+    ],
+)
+def test_a_factory_of_other_models_is_an_error(factory: Any, error: type[Exception], message: str) -> None:
+    model, before = _net(), torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        fe.ensemble_params(model, 2, reset=factory, generator=_source())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_reset_false_copies() -> None:
+    model = _net()
+    params = fe.ensemble_params(model, 3, reset=False)
+    for name, parameter in model.named_parameters():
+        assert all(torch.equal(member, parameter) for member in params.stacked[name])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# stacked, bias, use_base_weights, init
+
+
+@pytest.mark.parametrize("stacked", ["3.*", ["3.weight", "3.bias"], lambda name, p: name.startswith("3")])
+def test_a_sub_ensemble_shares_the_models_trunk(stacked: Any) -> None:
+    model = _net()
+    params = fe.ensemble_params(model, 3, stacked=stacked)
+    assert set(params.stacked) == {"3.weight", "3.bias"}
+    assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in params.shared.items())
+    assert set(params.shared) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert not torch.equal(params.stacked["3.weight"][0], params.stacked["3.weight"][1])
+
+
+def test_stacked_in_a_batchensemble_is_a_whole_copy() -> None:
+    model = _net()
+    params = fe.batchensemble_params(model, 3, stacked=["3.weight", "1.*"])
+    assert set(params.stacked) == {"0.weight_r", "0.weight_s", "3.weight", "1.weight", "1.bias"}
+    assert all(torch.equal(member, model.get_parameter("3.weight")) for member in params.stacked["3.weight"])
+    only = fe.batchensemble_params(model, 3, layers=[], stacked="1.*")
+    assert set(only.stacked) == {"1.weight", "1.bias"}
+
+
+def test_stacked_biases_are_those_of_the_rank1_layers_and_start_from_the_models() -> None:
+    model = nn.ModuleDict({"net": _net(), "attention": nn.MultiheadAttention(4, 2), "rnn": nn.GRU(2, 2)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    params = fe.batchensemble_params(model, 3, bias="stacked", layers=["net.0", "attention*", "rnn"])
+    biases = {name for name in params.stacked if not name.endswith(("_r", "_s"))}
+    attention = {"attention.in_proj_bias", "attention.out_proj.bias"}
+    assert biases == {"net.0.bias", "rnn.bias_ih_l0", "rnn.bias_hh_l0"} | attention
+    assert all(torch.equal(member, model.get_parameter(name)) for name in biases for member in params.stacked[name])
+    assert "net.1.bias" in params.shared and "net.3.bias" in params.shared
+
+
+def test_without_base_weights_everything_is_drawn_afresh() -> None:
+    model = _net()
+    params = fe.batchensemble_params(model, 3, use_base_weights=False, bias="stacked", stacked="3.weight")
+    assert not torch.equal(params.shared["0.weight"], model.get_parameter("0.weight"))
+    assert params.shared["0.weight"].abs().max() <= 3**-0.5
+    assert not torch.equal(params.stacked["3.weight"][0], params.stacked["3.weight"][1])
+    bias = params.stacked["0.bias"]
+    assert torch.equal(bias[0], bias[1]) and not torch.equal(bias[0], model.get_parameter("0.bias"))
+
+
+def test_init_of_r_and_s() -> None:
+    model = nn.Linear(400, 300)
+    ones = fe.batchensemble_params(model, 4, init="ones").stacked
+    assert all(torch.equal(stack, torch.ones_like(stack)) for stack in ones.values())
+    signs = fe.batchensemble_params(model, 4, init="random_sign").stacked
+    for stack in signs.values():
+        assert set(stack.unique().tolist()) == {-1.0, 1.0} and abs(stack.mean().item()) < 0.15
+    options = {"r_mean": 2.0, "r_std": 0.1, "s_mean": -1.0, "s_std": 3.0}
+    normal = fe.batchensemble_params(model, 4, **options).stacked  # type: ignore[arg-type]
+    assert normal["weight_r"].mean().item() == pytest.approx(2.0, abs=0.02)
+    assert normal["weight_r"].std().item() == pytest.approx(0.1, rel=0.1)
+    assert normal["weight_s"].mean().item() == pytest.approx(-1.0, abs=0.4)
+    assert normal["weight_s"].std().item() == pytest.approx(3.0, rel=0.1)
+    default = fe.batchensemble_params(model, 4).stacked
+    assert default["weight_r"].std().item() == pytest.approx(0.5, rel=0.1)
+    exact = fe.batchensemble_params(model, 4, r_mean=1.5, r_std=0, s_mean=0, s_std=0).stacked
+    assert (exact["weight_r"] == 1.5).all() and not exact["weight_s"].any()
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
+def test_dtype_follows_the_model_and_numbers_are_the_same_in_each(dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 4).to(dtype)
+    for params in (fe.ensemble_params(model, 2, reset=False), fe.batchensemble_params(model, 2, generator=_source())):
+        assert all(tensor.dtype == dtype and tensor.requires_grad for tensor in _all(params).values())
+    exact = fe.batchensemble_params(nn.Linear(3, 4).double(), 2, generator=_source()).stacked["weight_r"]
+    assert torch.equal(params.stacked["weight_r"], exact.to(dtype))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory, ties, frozen parts, integers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_params_own_their_memory_and_the_model_is_untouched(name: str) -> None:
+    model = model_case(name).model
+    before = snapshot(model)
+    for params in (
+        _quietly(fe.ensemble_params, model, 2),
+        fe.ensemble_params(model, 1, reset=False),
+        fe.ensemble_params(model, 1, reset=False, stacked=[next(iter(dict(model.named_parameters())))]),
+        fe.batchensemble_params(model, 1, bias="stacked"),
+        _quietly(fe.batchensemble_params, model, 2, use_base_weights=False),
+    ):
+        tensors = list(_all(params).values())
+        assert not any(_overlap(a, b) for i, a in enumerate(tensors) for b in [*model.parameters(), *tensors[:i]])
+    buffers = fe.ensemble_buffers(model, 1)
+    assert not any(_overlap(a, b) for a in buffers.values() for b in model.buffers())
+    assert_untouched(before, model)
+
+
+def test_tied_parameters_are_one_leaf() -> None:
+    model = Tied()
+    assert "score.weight" not in _all(fe.ensemble_params(model, 2))
+    stacked = fe.batchensemble_params(model, 2).stacked
+    assert {"embed.weight_r", "embed.weight_s"} <= set(stacked) and "score.weight_r" not in stacked
+    assert set(fe.batchensemble_params(model, 2, layers="score").stacked) == {"embed.weight_r", "embed.weight_s"}
+    assert set(fe.ensemble_params(model, 2, stacked="score.weight").stacked) == {"embed.weight"}
+
+
+def test_frozen_parameters_stay_in_and_stay_frozen() -> None:
+    model = _net()
+    model[0].requires_grad_(False)
+    classic, be = fe.ensemble_params(model, 2), fe.batchensemble_params(model, 2)
+    assert not classic.stacked["0.weight"].requires_grad and classic.stacked["3.weight"].requires_grad
+    assert not be.shared["0.bias"].requires_grad
+    assert be.stacked["0.weight_r"].requires_grad and be.stacked["0.weight_s"].requires_grad
+
+
+def test_integer_parameters_are_left_as_they_are() -> None:
+    model = nn.Linear(2, 3)
+    model.codes = nn.Parameter(torch.arange(6).reshape(2, 3), requires_grad=False)
+    for params in (fe.ensemble_params(model, 2), fe.ensemble_params(model, 2, reset=lambda: model)):
+        assert all(torch.equal(codes, model.codes) for codes in params.stacked["codes"])
+    be = fe.batchensemble_params(model, 2)
+    assert torch.equal(be.shared["codes"], model.codes) and "codes_r" not in be.stacked
+    assert not be.shared["codes"].requires_grad
+    fresh = fe.batchensemble_params(model, 2, use_base_weights=False)
+    assert torch.equal(fresh.shared["codes"], model.codes)
+    x = torch.ones(1, 2)
+    assert fe.make_forward(model)(be, x).shape == (2, 1, 3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_quantised_modules_have_no_parameters_to_touch() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Module())
+    model[1].packed = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
+    assert set(fe.batchensemble_params(model, 2).stacked) == {"0.weight_r", "0.weight_s"}
+
+
+def test_buffers_are_stacked() -> None:
+    model = _net()
+    model.register_buffer("mask", torch.tensor([True, False]), persistent=False)
+    buffers = fe.ensemble_buffers(model, 3)
+    assert {name: (tuple(b.shape), b.dtype) for name, b in buffers.items()} == {
+        "mask": ((3, 2), torch.bool),
+        "1.running_mean": ((3, 4), torch.float32),
+        "1.running_var": ((3, 4), torch.float32),
+        "1.num_batches_tracked": ((3,), torch.int64),
+    }
+    assert all(torch.equal(member, model.get_buffer(name)) for name, stack in buffers.items() for member in stack)
+    assert fe.ensemble_buffers(nn.Linear(2, 2), 3) == {}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize("make", [fe.ensemble_params, fe.batchensemble_params, fe.ensemble_buffers])
+@pytest.mark.parametrize(
+    ("E", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("3", TypeError), (None, TypeError)]
+)
+def test_E_must_be_a_positive_int(make: Any, E: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"E: expected a positive int, got {E!r}"):
+        make(_net(), E)
+
+
+@pytest.mark.parametrize("make", [fe.ensemble_params, fe.batchensemble_params, fe.ensemble_buffers])
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        ("resnet18", TypeError, "model: expected a torch.nn.Module, got 'resnet18'"),
+        (nn.Linear, TypeError, "model: expected a torch.nn.Module, got <class"),
+        (nn.ReLU(), ValueError, "model: ReLU has no parameters"),
+        (nn.Sequential(nn.LazyLinear(3)), ValueError, r"lazy parameters.*\['0.weight', '0.bias'\]; call the model once"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_models_that_cannot_be_made_an_ensemble(make: Any, model: Any, error: type[Exception], message: str) -> None:
+    for call in (lambda: make(model, 2), lambda: fe.make_forward(model)):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"init": "gaussian"}, ValueError, "init: expected one of .*'random_sign'.* got 'gaussian'"),
+        ({"bias": True}, ValueError, "bias: expected one of .*'shared', 'stacked'.* got True"),
+        ({"r_std": -0.1}, ValueError, r"r_std: expected a finite number >= 0, got -0\.1"),
+        ({"s_std": float("nan")}, ValueError, "s_std: expected a finite number >= 0, got nan"),
+        ({"r_mean": float("inf")}, ValueError, "r_mean: expected a finite number, got inf"),
+        ({"s_mean": "1"}, TypeError, "s_mean: expected a finite number, got '1'"),
+        ({"use_base_weights": 1}, TypeError, "use_base_weights: expected True or False, got 1"),
+        ({"generator": 0}, TypeError, "generator: expected a torch.Generator or None, got 0"),
+        ({"stacked": 3}, TypeError, "stacked: expected a name pattern"),
+        ({"stacked": "4.*"}, ValueError, r"stacked: pattern '4.\*' matches none of \['0.weight'"),
+        ({"layers": []}, ValueError, "layers, stacked: nothing in Sequential"),
+        ({"layers": lambda name, module: False}, ValueError, "layers, stacked: nothing in Sequential"),
+    ],
+)
+def test_bad_options_of_batchensemble_params(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = _net()
+    before, state = snapshot(model), torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        fe.batchensemble_params(model, 2, **options)
+    assert_untouched(before, model)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"reset": "yes"}, TypeError, "reset: expected True or False, got 'yes'"),
+        ({"stacked": []}, ValueError, r"stacked: chooses no parameter of the model, got \[\]"),
+        ({"stacked": ["0.*", "9"]}, ValueError, "stacked: pattern '9'"),
+        ({"generator": 0}, TypeError, "generator: expected a torch.Generator or None, got 0"),
+    ],
+)
+def test_bad_options_of_ensemble_params(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fe.ensemble_params(_net(), 2, **options)
+
+
+def test_nothing_to_vary_is_an_error() -> None:
+    with pytest.raises(ValueError, match="layers, stacked: nothing in LayerNorm would get r and s or be stacked"):
+        fe.batchensemble_params(nn.LayerNorm(3), 2)
+
+
+def test_a_name_that_r_or_s_would_take_is_an_error() -> None:
+    model = nn.Linear(2, 2)
+    model.weight_r = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="already has a parameter named weight_r or weight_s"):
+        fe.batchensemble_params(model, 2)
+    assert fe.ensemble_params(model, 2, reset=False).stacked["weight_r"].shape == (2, 2)
+
+
+def test_matrices_in_lists_and_dicts_get_r_and_s() -> None:
+    names = {name[:-2] for name in fe.batchensemble_params(Matrices(), 2).stacked}
+    assert names == {"matrix", "many.0", "many.1", "named.a"}

@@ -1,0 +1,226 @@
+"""Fast rules, the exact fallback, the oracle, and which weights get r and s."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import MODELS, Case, Matrices, fast_layers, members, model_case, randn
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import assert_same, gradients, loop, materialise
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import functorch_ens as fe
+from functorch_ens.rank1 import layout_of, rule_of
+
+inits = st.sampled_from(["normal", "random_sign", "ones"])
+
+
+def _without_rule(layer: nn.Module) -> nn.Module:
+    """`layer` with a forward of its own that does the same, so that no rule serves it."""
+    own = type(layer).forward
+    layer.__class__ = type("Plain", (type(layer),), {"forward": lambda self, *args: own(self, *args)})
+    assert rule_of(layer) is None
+    return layer
+
+
+@given(case=fast_layers, E=members, init=inits, dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_fast_rules_equal_the_oracle_and_the_fallback(case: Case, E: int, init: str, dtype: torch.dtype) -> None:
+    case = case.to(dtype)
+    assert rule_of(case.model) is not None
+    params = fe.batchensemble_params(case.model, E, init=init)
+    want = loop(case.model, params, *case.args)
+    want_gradients = gradients(lambda p: loop(case.model, p, *case.args), params)
+
+    def check(forward: fe.Forward) -> None:
+        assert_same(forward(params, *case.args), want)
+        assert_same(gradients(lambda p: forward(p, *case.args), params), want_gradients)
+
+    check(fe.make_forward(case.model, strategy="vmap"))
+    check(fe.make_forward(case.model, strategy="loop"))
+    _without_rule(case.model)
+    check(fe.make_forward(case.model, strategy="loop"))
+
+
+@given(case=fast_layers, E=members)
+def test_fast_rules_in_bfloat16_are_near_the_float64_oracle(case: Case, E: int) -> None:
+    case = case.to(torch.bfloat16)
+    params = fe.batchensemble_params(case.model, E)
+    got = fe.make_forward(case.model)(params, *case.args)
+    assert got.dtype == torch.bfloat16
+    exact = case.to(torch.float64)
+    assert_same(got.double(), loop(exact.model, tree_map(Tensor.double, params), *exact.args), tolerance=5e-2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [{}, {"bias": "stacked"}, {"init": "random_sign", "stacked": "*bias*"}], ids=str)
+def test_any_model_equals_the_oracle(name: str, options: dict[str, Any]) -> None:
+    if "stacked" in options and name == "matrices":
+        options = {"stacked": "offset"}
+    if "stacked" in options and name in ("embedding bag",):
+        options = {"stacked": "weight"}
+    case = model_case(name)
+    params = fe.batchensemble_params(case.model, 3, **options)
+    want = loop(case.model, params, *case.args)
+    want_gradients = gradients(lambda p: loop(case.model, p, *case.args), params)
+    for strategy in ("auto", "loop"):
+        forward = fe.make_forward(case.model, strategy=strategy)
+        assert_same(forward(params, *case.args), want)
+        assert_same(gradients(lambda p, forward=forward: forward(p, *case.args), params), want_gradients)
+
+
+def test_the_definition() -> None:
+    """y_i = (W (x * s_i)) * r_i + b, written out, for a linear layer and a grouped convolution."""
+    linear, x = nn.Linear(3, 4).double(), randn(5, 3)
+    params = fe.batchensemble_params(linear, 2)
+    r, s = params.stacked["weight_r"], params.stacked["weight_s"]
+    want = torch.stack([F.linear(x * s[i], linear.weight) * r[i] + linear.bias for i in range(2)])
+    assert_same(fe.make_forward(linear)(params, x), want)
+
+    conv, x = nn.Conv1d(4, 6, 2, groups=2).double(), randn(5, 4, 7)
+    params = fe.batchensemble_params(conv, 2)
+    r, s = params.stacked["weight_r"][..., None], params.stacked["weight_s"][..., None]
+    assert conv.bias is not None
+    want = torch.stack([F.conv1d(x * s[i], conv.weight, groups=2) * r[i] + conv.bias[:, None] for i in range(2)])
+    assert_same(fe.make_forward(conv)(params, x), want)
+
+
+@given(case=fast_layers)
+def test_materialise_equals_the_oracle_entry_by_entry(case: Case) -> None:
+    layer: Any = case.model
+    out, into = layout_of(layer).sizes(layer.weight)
+    r, s = randn(out), randn(into)
+    got = fe.Rank1(layer.weight, r, s, layout_of(layer)).materialise()
+    assert_same(got, materialise(layer, layer.weight, r, s), tolerance=1e-15)
+
+
+def test_r_and_s_have_the_sizes_of_the_output_and_the_input() -> None:
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(3, 4),
+            "conv": nn.Conv2d(4, 6, 3, groups=2),
+            "transposed": nn.ConvTranspose2d(4, 6, 3, groups=2),
+            "embedding": nn.Embedding(10, 7),
+            "bilinear": nn.Bilinear(2, 3, 5),
+            "attention": nn.MultiheadAttention(4, 2, kdim=6, vdim=8),
+            "lstm": nn.LSTM(3, 5),
+            "cell": nn.GRUCell(3, 5),
+        }
+    )
+    stacked = fe.batchensemble_params(model, 2).stacked
+    sizes = {name: stack.shape[1] for name, stack in stacked.items()}
+    assert sizes == {
+        **{"linear.weight_r": 4, "linear.weight_s": 3, "conv.weight_r": 6, "conv.weight_s": 4},
+        **{"transposed.weight_r": 6, "transposed.weight_s": 4, "embedding.weight_r": 7, "embedding.weight_s": 10},
+        **{"bilinear.weight_r": 5, "bilinear.weight_s": 2},
+        **{"attention.q_proj_weight_r": 4, "attention.q_proj_weight_s": 4},
+        **{"attention.k_proj_weight_r": 4, "attention.k_proj_weight_s": 6},
+        **{"attention.v_proj_weight_r": 4, "attention.v_proj_weight_s": 8},
+        **{"attention.out_proj.weight_r": 4, "attention.out_proj.weight_s": 4},
+        **{"lstm.weight_ih_l0_r": 20, "lstm.weight_ih_l0_s": 3, "lstm.weight_hh_l0_r": 20, "lstm.weight_hh_l0_s": 5},
+        **{"cell.weight_ih_r": 15, "cell.weight_ih_s": 3, "cell.weight_hh_r": 15, "cell.weight_hh_s": 5},
+    }
+
+
+class _Vision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.position = nn.Parameter(torch.zeros(1, 3, 4))
+        self.layer_scale = nn.Parameter(torch.ones(4, 1))
+        self.matrix = nn.Parameter(torch.ones(4, 4))
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm((3, 4)), nn.Linear(4, 1))
+        self.counts = nn.Parameter(torch.ones(4, 4, dtype=torch.int64), requires_grad=False)
+
+
+def _with_r_and_s(layers: Any) -> set[str]:
+    stacked = fe.batchensemble_params(_Vision(), 2, layers=layers).stacked
+    assert {name[:-2] for name in stacked if name.endswith("_s")} == {name[:-2] for name in stacked if name.endswith("_r")}
+    return {name.removesuffix("_r") for name in stacked if name.endswith("_r")}
+
+
+def test_which_weights_get_r_and_s() -> None:
+    both = {"body.0.weight", "body.2.weight"}
+    assert _with_r_and_s(None) == both | {"matrix"}
+    assert _with_r_and_s("body.*") == both
+    assert _with_r_and_s("body.0") == {"body.0.weight"}
+    assert _with_r_and_s(["body.2", "position"]) == {"body.2.weight", "position"}
+    assert _with_r_and_s("*.weight") == both | {"body.1.weight"}
+    assert _with_r_and_s(lambda name, module: isinstance(module, nn.Linear) and name == "body.0") == {"body.0.weight"}
+    assert _with_r_and_s(lambda name, module: True) == both | {"matrix"}
+
+
+@pytest.mark.parametrize("layers", ["body", "bodi.*", ["body.0", "body.1"], "body.0.bias", "counts"])
+def test_a_pattern_without_effect_is_an_error(layers: Any) -> None:
+    named = layers if isinstance(layers, str) else layers[-1]
+    with pytest.raises(ValueError, match=f"layers: pattern '{named.replace('*', '[*]')}'"):
+        fe.batchensemble_params(_Vision(), 2, layers=layers)
+
+
+@pytest.mark.parametrize("layers", [3, [nn.Linear], [1]])
+def test_layers_of_another_kind_are_a_type_error(layers: Any) -> None:
+    with pytest.raises(TypeError, match="layers: expected a name pattern"):
+        fe.batchensemble_params(_Vision(), 2, layers=layers)
+
+
+def test_a_user_layer_can_have_a_rule_and_a_layout() -> None:
+    class Mix(nn.Module):
+        """`x @ W`: axis 0 is the input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    calls = []
+    fe.rank1_layout(Mix, layout=lambda layer: fe.Layout(transposed=True))
+
+    @fe.rank1_rule(Mix)
+    def mix(layer: Mix, x: Tensor, *, weight: fe.Rank1) -> Tensor:
+        calls.append(layer)
+        return (x * weight.s) @ weight.weight * weight.r
+
+    model, x = Mix().double(), randn(5, 3)
+    params = fe.batchensemble_params(model, 2)
+    r, s = params.stacked["weight_r"], params.stacked["weight_s"]
+    assert r.shape == (2, 4) and s.shape == (2, 3)
+    want = torch.stack([x @ (model.weight * s[i][:, None] * r[i]) for i in range(2)])
+    assert_same(fe.make_forward(model)(params, x), want)
+    assert calls
+    assert_same(fe.member_params(model, params, 1)["weight"], model.weight * s[1][:, None] * r[1])
+
+
+def test_a_subclass_with_its_own_forward_is_not_served_by_its_parents_rule() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Cosine(nn.Conv1d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(x, weight / weight.norm(), bias)
+
+    for model, x in ((Doubled(3, 2).double(), randn(4, 3)), (Cosine(3, 2, 1).double(), randn(4, 3, 5))):
+        params = fe.batchensemble_params(model, 3)
+        assert_same(fe.make_forward(model)(params, x), loop(model, params, x))
+    patched = nn.Linear(3, 2).double()
+    patched.forward = lambda x: F.linear(x.abs(), patched.weight)  # type: ignore[method-assign]
+    assert rule_of(patched) is None
+
+
+@pytest.mark.parametrize("wrong", [3, "Linear", dict])
+def test_a_rule_for_what_is_no_module_is_an_error(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="layer_types: expected subclasses of torch.nn.Module"):
+        fe.rank1_rule(wrong)
+    with pytest.raises(TypeError, match="layer_types: expected subclasses of torch.nn.Module"):
+        fe.rank1_layout(wrong, layout=lambda layer: fe.Layout())
+
+
+def test_a_rule_that_names_no_weight_is_an_error() -> None:
+    with pytest.raises(TypeError, match="keyword-only"):
+        fe.rank1_rule(Matrices)(lambda layer, x: x)
