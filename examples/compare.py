@@ -1,8 +1,8 @@
 """Train a single network, a classic ensemble and a BatchEnsemble on the same images, and compare them.
 
-    python examples/compare.py                                    scikit-learn's digits, no download
-    python examples/compare.py --data cifar10 --epochs 10         CIFAR-10, downloaded once to --data-dir
-    python examples/compare.py --data folder --data-dir DIR --model resnet18
+python examples/compare.py                                    scikit-learn's digits, no download
+python examples/compare.py --data cifar10 --epochs 10         CIFAR-10, downloaded once to --data-dir
+python examples/compare.py --data folder --data-dir DIR --model resnet18
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -33,9 +33,11 @@ Gradients = Callable[[fe.EnsembleParams, Buffers, Tensor, Tensor], tuple[fe.Ense
 
 
 def make_gradients(forward: fe.Forward) -> Gradients:
-    """A pure function: parameters, buffers and one batch to gradients, the loss of each member `[E]`, and new buffers."""
+    """A pure function of parameters, buffers and a batch: gradients, the loss of each member `[E]`, and new buffers."""
 
-    def loss(params: fe.EnsembleParams, buffers: Buffers, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, Buffers]]:
+    def loss(
+        params: fe.EnsembleParams, buffers: Buffers, x: Tensor, y: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Buffers]]:
         logits, buffers = forward(params, x, buffers=buffers)  # [E, B, C]
         each = F.cross_entropy(
             rearrange(logits, "e b c -> (e b) c"), repeat(y, "b -> (e b)", e=params.E), reduction="none"
@@ -77,7 +79,9 @@ def train(
     compile_seconds, seconds = 0.0, []
 
     with torch.no_grad():  # torch.func takes the gradients; autograd has nothing to record around it
-        gradients(params, buffers, split.images[:size], split.labels[:size])  # once as it is: any error is clearest here
+        gradients(
+            params, buffers, split.images[:size], split.labels[:size]
+        )  # once as it is: any error is clearest here
         if args.compile:
             gradients = torch.compile(gradients)
             start = time.perf_counter()
@@ -208,7 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     draw(results, args.png)
     print(f"\nplot: {args.png}")
     if args.out is not None:
-        settings = {name: value if isinstance(value, int | float | bool) else str(value) for name, value in vars(args).items()}
+        settings = {
+            name: value if isinstance(value, int | float | bool) else str(value) for name, value in vars(args).items()
+        }
         write_json({"settings": settings, "torch": torch.__version__, "results": results}, args.out)
         print(f"results: {args.out}")
 

@@ -36,8 +36,8 @@ def load(name: str, folder: Path, image_size: int | None, device: torch.device) 
     Raises:
         DataUnavailable: it is not there and cannot be downloaded, or the images of a folder differ in size.
     """
-    data = {"digits": _digits, "cifar10": _cifar10, "folder": _folder}[name](folder, image_size)
-    return Data(*(Split(images.to(device), labels.to(device)) for images, labels in data[:2]), data.classes)
+    train, test, classes = {"digits": _digits, "cifar10": _cifar10, "folder": _folder}[name](folder, image_size)
+    return Data(Split(*(x.to(device) for x in train)), Split(*(x.to(device) for x in test)), classes)
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def _cifar10(folder: Path, image_size: int | None) -> Data:
     except Exception as error:  # torchvision raises whatever its HTTP, tar and checksum steps do
         raise DataUnavailable(
             f"CIFAR-10 is not in {folder}, and could not be downloaded: {error}\n"
-            "Copy cifar-10-python.tar.gz into that folder (or name another with --data-dir) and run this again, or use\n"
+            "Copy cifar-10-python.tar.gz into that folder (or name another with --data-dir) and run again, or use\n"
             "  --data folder --data-dir DIR   any images, as DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg\n"
             "  --data digits                  needs no download"
         ) from error

@@ -20,7 +20,9 @@ def make_model(name: str, image_shape: tuple[int, ...], classes: int) -> nn.Modu
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise ValueError(f"--model: expected mlp, cnn or a torchvision classification model such as resnet18, got {name}")
+        raise ValueError(
+            f"--model: expected mlp, cnn or a torchvision classification model such as resnet18, got {name}"
+        )
     # These two have heads for training only, which would make their output a tuple.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)

@@ -31,10 +31,15 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 def table(results: Results) -> str:
     """The results as lines of text, a kind each."""
-    rows = [["", *_COLUMNS], *([name, *(cell(result) for cell in _COLUMNS.values())] for name, result in results.items())]
+    rows = [
+        ["", *_COLUMNS],
+        *([name, *(cell(result) for cell in _COLUMNS.values())] for name, result in results.items()),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -55,7 +60,9 @@ def draw(results: Results, path: Path) -> None:
         for x, (name, colour) in enumerate(zip(names, colours, strict=True)):
             members, ensemble = results[name][f"member_{key}"], results[name][f"ensemble_{key}"]
             axis.scatter([x] * len(members), members, color=colour, alpha=0.5, s=24, label="member" if x == 0 else None)
-            axis.scatter([x], [ensemble], color=colour, marker="D", s=64, edgecolor="black", label="ensemble" if x == 0 else None)
+            axis.scatter(
+                [x], [ensemble], color=colour, marker="D", s=64, edgecolor="black", label="ensemble" if x == 0 else None
+            )
             axis.annotate(f"{ensemble:.3f}", (x, ensemble), xytext=(9, 0), textcoords="offset points", va="center")
         axis.set_title(f"{title} ({'higher' if key == 'accuracy' else 'lower'} is better)")
         axis.margins(x=0.3, y=0.15)

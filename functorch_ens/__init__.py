@@ -1,4 +1,4 @@
-"""Ensembles of any PyTorch model as pure functions of a parameter pytree: classic (deep) ensembles and BatchEnsemble."""
+"""Ensembles of any PyTorch model, classic (deep) ones and BatchEnsemble, as pure functions of a parameter pytree."""
 
 from functorch_ens.forward import Forward, make_forward
 from functorch_ens.params import EnsembleParams, batchensemble_params, ensemble_buffers, ensemble_params

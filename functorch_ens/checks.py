@@ -20,13 +20,14 @@ def check_positive_int(value: Any, argument: str) -> int:
 
 
 def check_number(value: Any, argument: str, *, minimum: float = -math.inf) -> float:
-    """`value` as a finite float of at least `minimum`: TypeError where it is not a number, ValueError where out of range."""
+    """`value` as a finite float of at least `minimum`; TypeError where it is no number, ValueError where it is less."""
     expected = "a finite number" if minimum == -math.inf else f"a finite number >= {minimum:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument}: expected {expected}, got {value!r}")
-    if not (math.isfinite(value) and value >= minimum):
+    number = float(value)
+    if not (math.isfinite(number) and number >= minimum):
         raise ValueError(f"{argument}: expected {expected}, got {value!r}")
-    return float(value)
+    return number
 
 
 def check_option(value: Any, options: Collection[Any], argument: str) -> None:

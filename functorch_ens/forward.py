@@ -47,22 +47,23 @@ def make_forward(
 
     Args:
         model: the network; it is only read. Its structure is read now, its training mode at each call.
-        strategy: `"vmap"` computes all members at once; `"loop"` one after another, which works for any model; `"auto"` takes
-            vmap, or the loop where vmap cannot serve the model. The choice is logged, and is `forward.strategy`.
+        strategy: `"vmap"` computes all members at once; `"loop"` one after another, which works for any model; `"auto"`
+            takes vmap, or the loop where vmap cannot serve the model. The choice is logged, and is `forward.strategy`.
         chunk_size: how many members vmap computes at once; None is all.
         randomness: `"different"` dropout for every member, the `"same"`, or `"error"` where anything is random.
         member_inputs: False gives every input `[B, ...]` to each member. True: every tensor input is `[E, B, ...]`, and
             member i gets `[i]`.
 
     Returns:
-        `forward(params, *args, buffers=None, **kwargs)`, which calls the model with `args` and `kwargs`. Every tensor in its
-        output, any pytree, has gained a leading member axis `[E, ...]`. With `buffers=` (from `ensemble_buffers`) it returns
-        the output and the new buffers; without, it reads the model's own. Safe in `torch.func` transforms and `torch.compile`.
+        `forward(params, *args, buffers=None, **kwargs)`, which calls the model with `args` and `kwargs`. Every tensor
+        in its output, any pytree, has gained a leading member axis `[E, ...]`. With `buffers=` (`ensemble_buffers`) it
+        returns the output and the new buffers; without, it reads the model's own. Safe in `torch.func` transforms and
+        `torch.compile`.
 
     Raises:
-        TypeError, ValueError: here, for unknown options; by `forward`, where `params`, `buffers` or the member axis of an
-            input do not fit the model, or where the model would update buffers (BatchNorm in training mode) that were
-            not given. The model's own errors come through, with a note on the member axis.
+        TypeError, ValueError: here, for unknown options; by `forward`, where `params`, `buffers` or the member axis of
+            an input do not fit the model, or where the model would update buffers (BatchNorm in training mode) that
+            were not given. The model's own errors come through, with a note on the member axis.
     """
     check_option(strategy, ("auto", "vmap", "loop"), "strategy")
     check_option(randomness, ("different", "same", "error"), "randomness")
@@ -105,9 +106,9 @@ class Forward:
         self._template.follow()
         call = _Call(self._template, self._model, E, params, buffers, args, kwargs, self._member_inputs)
         if torch.compiler.is_compiling():
-            return self._run(call)
+            return call.result(*self._members(call))
         try:
-            return self._run(call)
+            members = self._members(call)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -115,25 +116,26 @@ class Forward:
                 error.add_note(call.note())
                 raise
             failure = error
+        else:
+            return call.result(*members)
         return self._after_vmap(call, failure)
 
-    def _run(self, call: _Call) -> Any:
+    def _members(self, call: _Call) -> tuple[list[Tensor], dict[str, Tensor]]:
         if self.strategy == "vmap":
-            leaves, buffers = _vmap(call, self._chunk_size, self._randomness)
-        else:
-            leaves, buffers = _loop(call, self._randomness)
-        return call.result(leaves, buffers)
+            return _vmap(call, self._chunk_size, self._randomness)
+        return _loop(call, self._randomness)
 
     def _after_vmap(self, call: _Call, failure: Exception) -> Any:
-        """What the loop gives where vmap failed: the model's own error if it has one, else the answer (`"auto"`) or the way out."""
+        """Where vmap failed: the model's own error if the loop too has one, else the loop's answer, or word of it."""
         try:
-            result = call.result(*_loop(call, self._randomness))
+            members = _loop(call, self._randomness)
         except Exception as error:
             error.add_note(call.note())
             raise error from None
+        result = call.result(*members)
         summary = str(failure).strip().partition("\n")[0]
-        kind = type(self._model).__name__
         if not self._may_switch:
+            kind = type(self._model).__name__
             raise RuntimeError(f'vmap cannot serve {kind}, strategy="loop" can: {summary}') from failure
         self._use("loop", f"vmap failed: {summary}", logging.WARNING)
         return result
@@ -196,9 +198,11 @@ class _Call:
             wrong = [list(x.shape) for x in self.inputs if x.ndim == 0 or x.shape[0] != E]
             if wrong:
                 raise ValueError(
-                    f"inputs: member_inputs=True expects every tensor to have a leading member axis of {E}, [E, B, ...]; got {wrong}"
+                    f"inputs: member_inputs=True expects every tensor to have a leading member axis of {E}, "
+                    f"[E, B, ...]; got {wrong}"
                 )
         self._form: tuple[pytree.TreeSpec, list[Any]] | None = None  # of the output; `...` stands for a tensor
+        self._lost: set[str] = set()  # the model's own buffers that it has updated
 
     def member(
         self, stacked: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor]
@@ -211,9 +215,7 @@ class _Call:
         copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **buffers}.items()}
         output, new = self._template({**self._shared, **stacked}, copies, args, kwargs)
         if self._training and not torch.compiler.is_compiling():
-            lost = [name for name in self._own_buffers if new[name] is not copies[name] or copies[name]._version]
-            if lost:
-                raise ValueError(_update_lost(lost))
+            self._lost |= {name for name in self._own_buffers if new[name] is not copies[name] or copies[name]._version}
         values, spec = pytree.tree_flatten(output)
         form = spec, [... if isinstance(value, Tensor) else value for value in values]
         if self._form not in (None, form):
@@ -223,8 +225,10 @@ class _Call:
         self._form = form
         return [value for value in values if isinstance(value, Tensor)], {name: new[name] for name in buffers}
 
-    def result(self, tensors: Iterable[Tensor], buffers: dict[str, Tensor]) -> Any:
-        """The output of all members as the model gives it, from its stacked `tensors`; with the new buffers where they were given."""
+    def result(self, tensors: list[Tensor], buffers: dict[str, Tensor]) -> Any:
+        """The output as the model gives it, from its stacked `tensors`; with the new buffers where they were given."""
+        if self._lost:
+            raise ValueError(_update_lost(sorted(self._lost)))
         assert self._form is not None
         stacked = iter(tensors)
         spec, values = self._form

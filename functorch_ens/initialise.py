@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -40,47 +40,40 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def fresh_members(
     model: nn.Module,
-    names: list[str],
-    E: int,
+    copies: Mapping[str, int],
     factory: Callable[[], nn.Module] | None,
     generator: torch.Generator,
     stacklevel: int,
 ) -> dict[str, Tensor]:
-    """Independently initialised parameters `{name: [E, ...]}` for `names`, on the device and in the dtype of the model's.
+    """Independently initialised parameters, `{name: [copies[name], ...]}`, with the model's dtypes, on its device.
 
     Each member comes from `factory()`, or where that is None from every module's own `reset_parameters`; what no reset
     writes to is copied from the model, with one warning that names it.
     """
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    stacks = {name: own[name].new_empty(E, *own[name].shape) for name in names}
-    draw = _resetter(model) if factory is None else partial(_made_by, factory, own)
+    stacks = {name: own[name].new_empty(count, *own[name].shape) for name, count in copies.items()}
     copied: dict[str, None] = {}
-    for index, seed in enumerate(torch.randint(_MAX_SEED, (E,), generator=generator).tolist()):
+    draw = _resetter(model, own, copied) if factory is None else partial(_made_by, factory, own)
+    for index, seed in enumerate(torch.randint(_MAX_SEED, (max(copies.values()),), generator=generator).tolist()):
         with _seeded(seed), torch.no_grad():
             drawn = draw()
-        for name in names:
-            unset = _unset(drawn[name])
-            if unset.any():
-                copied[name] = None
-                stacks[name][index] = torch.where(unset, own[name].to(unset.device), drawn[name])
-            else:
-                stacks[name][index] = drawn[name]
-    if copied:
+        for name, stack in stacks.items():
+            if index < len(stack):
+                stack[index] = drawn[name]
+    if not copied.keys().isdisjoint(copies):
         warnings.warn(
-            f"no reset_parameters initialises {list(copied)}: every member starts from the model's own values there; "
-            "for a fresh start give a factory: reset=lambda: MyModel()",
+            f"no reset_parameters initialises {[name for name in copies if name in copied]}: every member starts from "
+            "the model's own values there; for a fresh start give a factory: reset=lambda: MyModel()",
             stacklevel=stacklevel,
         )
     return stacks
 
 
-def _unset(value: Tensor) -> Tensor:
-    """Where a reset has written nothing: NaN is what it started from."""
-    return value.isnan() if is_numeric(value) else torch.zeros_like(value, dtype=torch.bool)
+def _resetter(model: nn.Module, own: dict[str, Tensor], copied: dict[str, None]) -> Callable[[], dict[str, Tensor]]:
+    """A function that draws one member's parameters by the `reset_parameters` of a copy of `model` on the CPU.
 
-
-def _resetter(model: nn.Module) -> Callable[[], dict[str, Tensor]]:
-    """A function that draws one member's parameters by the `reset_parameters` of a copy of `model` on the CPU."""
+    Values that no reset writes to are those in `own`; the names of their parameters are noted in `copied`.
+    """
     blank = copy_structure(model, lambda p: p.cpu().clone(), lambda buffer: buffer.detach().cpu().clone())
     parameters = {name: parameter.detach() for name, parameter in blank.named_parameters()}
     # Inner modules first, as constructors run; torch's own MultiheadAttention and Transformer have theirs underscored.
@@ -92,10 +85,14 @@ def _resetter(model: nn.Module) -> Callable[[], dict[str, Tensor]]:
     def draw() -> dict[str, Tensor]:
         for parameter in parameters.values():
             if is_numeric(parameter):
-                parameter.fill_(math.nan)
+                parameter.fill_(math.nan)  # what is still NaN after the resets has not been written to
         for reset in resets:
             if reset is not None:
                 reset()
+        for name, parameter in parameters.items():
+            if is_numeric(parameter) and (unset := parameter.isnan()).any():
+                copied[name] = None
+                parameter.copy_(torch.where(unset, own[name].cpu(), parameter))
         return parameters
 
     return draw

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,9 +52,9 @@ def ensemble_params(
     Args:
         model: the network; it is only read.
         E: the number of members.
-        reset: True draws fresh, independent parameters by every module's own `reset_parameters`; what has none is copied
-            from the model, with one warning that names it. A factory (`lambda: resnet18()`) is called once per member, and
-            keeps an initialisation that the model does in its constructor. False copies the model's parameters.
+        reset: True draws fresh, independent parameters by every module's own `reset_parameters`; what has none is
+            copied from the model, with one warning that names it. A factory (`lambda: resnet18()`) is called once per
+            member, and keeps an initialisation that the model does in its constructor. False copies the model's.
         stacked: the parameters that each member owns: a name pattern, a list of them, or a predicate on
             (name, parameter). The others are shared, with the model's own values: `stacked="head.*"` is a sub-ensemble.
             None: all of them.
@@ -83,7 +83,7 @@ def ensemble_params(
         stacks = _repeated(own, owned, E)
     else:
         factory = None if reset is True else reset
-        stacks = fresh_members(model, owned, E, factory, cpu_generator(generator), stacklevel=3)
+        stacks = fresh_members(model, dict.fromkeys(owned, E), factory, cpu_generator(generator), stacklevel=3)
     return EnsembleParams(_leaves(shared, own), _leaves(stacks, own))
 
 
@@ -104,7 +104,8 @@ def batchensemble_params(
 ) -> EnsembleParams:
     """The parameters of a BatchEnsemble: shared weights, and stacked rank-1 vectors `r`, `s` for each of them.
 
-    Member i computes with the weight `W * (r_i s_i^T)`: `s` `[E, in]` scales a layer's input, `r` `[E, out]` its output.
+    Member i computes with the weight `W * (r_i s_i^T)`: `s` `[E, in]` scales a layer's input, `r` `[E, out]` its
+    output.
 
     >>> import torch, functorch_ens as fe
     >>> params = fe.batchensemble_params(torch.nn.Linear(3, 2), E=5)
@@ -114,8 +115,8 @@ def batchensemble_params(
     Args:
         model: the network; it is only read.
         E: the number of members.
-        init: how `r` and `s` start: `"normal"` (with the means and standard deviations below), `"random_sign"` (+1 or -1,
-            equally likely) or `"ones"` (every member starts as the model itself).
+        init: how `r` and `s` start: `"normal"` (with the means and standard deviations below), `"random_sign"` (+1 or
+            -1, equally likely) or `"ones"` (every member starts as the model itself).
         r_mean, r_std, s_mean, s_std: of the normal distributions, used by `init="normal"` alone.
         bias: `"shared"`, or `"stacked"`: every member has its own biases, starting from the same values, in the layers
             that have `r` and `s`.
@@ -129,13 +130,13 @@ def batchensemble_params(
             `ensemble_params`. None: none.
         generator: the source of randomness; None is torch's global one, of which one number is drawn.
 
-    Returns: parameters that own their memory and are autograd leaves, in the model's dtype and on its device. `r` and `s`
-        are trainable also where the weight is frozen.
+    Returns: parameters that own their memory and are autograd leaves, in the model's dtype and on its device. `r` and
+        `s` are trainable also where the weight is frozen.
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: an unknown option, a negative standard deviation, a pattern without effect, or a model in which nothing
-            would get `r`, `s` or be stacked.
+        ValueError: an unknown option, a negative standard deviation, a pattern without effect, or a model in which
+            nothing would get `r`, `s` or be stacked.
 
     Source: Wen, Tran & Ba 2020, arXiv:2002.06715 (where `r` scales the input and `s` the output).
     """
@@ -154,21 +155,21 @@ def batchensemble_params(
     weights = [name for name in own if name in chosen]
     if not weights and not owned:
         raise ValueError(
-            f"layers, stacked: nothing in {type(model).__name__} would get r and s or be stacked; its parameters: {list(own)}"
+            f"layers, stacked: nothing in {type(model).__name__} would get r and s or be stacked; "
+            f"its parameters: {list(own)}"
         )
-    biases = _biases(sites, weights) if bias == "stacked" else []
-    biases = [name for name in biases if name not in owned]
+    biases = [name for name in _biases(sites, weights) if bias == "stacked" and name not in owned]
 
     source = cpu_generator(generator)
     base: Mapping[str, Tensor] = own
     if use_base_weights:
         stacks = _repeated(own, owned, E)
     else:
-        stacks = fresh_members(model, owned, E, None, source, stacklevel=3) if owned else {}
-        once = [name for name in own if name not in owned]
-        base = {name: stack[0] for name, stack in fresh_members(model, once, 1, None, source, stacklevel=3).items()}
-    shared = {name: base[name].detach().clone() for name in own if name not in owned and name not in biases}
+        copies = {name: E if name in owned else 1 for name in own}
+        stacks = fresh_members(model, copies, None, source, stacklevel=3)
+        base = {name: stacks.pop(name)[0] for name in own if name not in owned}
     stacks |= _repeated(base, biases, E)
+    shared = {name: base[name].detach().clone() for name in own if name not in stacks}
 
     vectors: dict[str, Tensor] = {}
     for name in weights:
@@ -185,7 +186,7 @@ def batchensemble_params(
 
 
 def ensemble_buffers(model: nn.Module, E: int) -> dict[str, Tensor]:
-    """The model's buffers (BatchNorm statistics, masks), one copy per member: `{name: [E, ...]}`, `{}` where it has none.
+    """The model's buffers (BatchNorm statistics, masks), a copy per member: `{name: [E, ...]}`, `{}` where it has none.
 
     Raises TypeError or ValueError as `ensemble_params` does.
     """
@@ -223,7 +224,7 @@ def _vector(init: str, E: int, length: int, mean: float, std: float, source: tor
     return mean + std * torch.randn(E, length, generator=source, dtype=torch.float64)
 
 
-def _repeated(tensors: Mapping[str, Tensor], names: Sequence[str] | Mapping[str, Tensor], E: int) -> dict[str, Tensor]:
+def _repeated(tensors: Mapping[str, Tensor], names: Iterable[str], E: int) -> dict[str, Tensor]:
     """`{name: [E, ...]}`, the same values for every member."""
     return {name: repeat(tensors[name].detach(), "... -> E ...", E=E).clone() for name in names}
 

@@ -21,13 +21,13 @@ def pure_forward(layer: nn.Module) -> Callable[..., Any] | None:
         return _embedding
     if isinstance(layer, nn.EmbeddingBag) and own is nn.EmbeddingBag.forward and layer.max_norm is not None:
         return _embedding_bag
-    if isinstance(layer, _BatchNorm) and own is _BatchNorm.forward and layer.momentum is None and layer.track_running_stats:
-        return _cumulative_batch_norm
+    if isinstance(layer, _BatchNorm) and own is _BatchNorm.forward and layer.momentum is None:
+        return _cumulative_batch_norm if layer.track_running_stats else None
     return None
 
 
 def _renormalised(rows: Tensor, layer: Any) -> Tensor:
-    """`rows` `[..., D]` no longer than `max_norm`. Torch shortens the parameter itself, and its gradient does not see it."""
+    """`rows` `[..., D]` no longer than `max_norm`. Torch shortens the parameter itself, unseen by its gradient."""
     norms = rows.norm(layer.norm_type, dim=-1, keepdim=True)
     scale = torch.where(norms > layer.max_norm, layer.max_norm / (norms + 1e-7), 1.0)
     return rows + (rows * scale - rows).detach()
@@ -54,7 +54,7 @@ def _embedding_bag(
 
 
 def _cumulative_batch_norm(layer: Any, x: Tensor) -> Tensor:
-    """BatchNorm whose running statistics are plain averages: torch reads their weight, 1 / batches seen, as a number."""
+    """BatchNorm whose running statistics are plain averages; torch's own reads the count of batches from its tensor."""
     layer._check_input_dim(x)
     if not layer.training:
         return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)

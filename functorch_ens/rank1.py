@@ -1,10 +1,10 @@
 """What a rank-1 weight means for each kind of layer: its axes, its exact value, and the fast rules.
 
-A member's effective weight is `W_i = W * (r_i s_i^T)`: `s` scales what enters the layer, `r` what leaves it, before the bias,
+A member's effective weight is `W_i = W * (r_i s_i^T)`: `s` scales what enters the layer, `r` what leaves it,
 
     y_i = (W (x * s_i)) * r_i + b
 
-(Wen, Tran & Ba 2020, arXiv:2002.06715, section 3.1, eq. 5; the paper calls `r` what is `s` here, and the other way round).
+(Wen, Tran & Ba 2020, arXiv:2002.06715, section 3.1; the paper calls `r` what is `s` here, and the other way round).
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout])
 def rank1_rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
     """Register a fast forward for layers with rank-1 weights; used as a decorator.
 
-    The rule is called in place of the layer's own forward, as `rule(layer, *inputs, weight=Rank1(...))`: it is written for
-    ONE member, and its keyword-only arguments name the weights that it serves. Where a layer has other weights with `r`
-    and `s` than these, or a subclass has a forward of its own, the exact `W * (r s^T)` is used instead.
+    The rule is called in place of the layer's own forward, as `rule(layer, *inputs, weight=Rank1(...))`: it is written
+    for ONE member, and its keyword-only arguments name the weights that it serves. Where a layer has other weights with
+    `r` and `s` than these, or a subclass has a forward of its own, the exact `W * (r s^T)` is used instead.
 
     >>> import torch, functorch_ens as fe
     >>> class Scaled(torch.nn.Linear):
@@ -125,7 +125,7 @@ def _check_layer_types(layer_types: tuple[Any, ...]) -> None:
 
 
 def layout_of(layer: nn.Module) -> Layout:
-    """The layout of the weights of `layer`: that of the nearest class in the registry, or output first, input second."""
+    """The layout of the weights of `layer`: that of the nearest class in the registry, or output first, then input."""
     for layer_type in type(layer).__mro__:
         if layer_type in _layouts:
             return _layouts[layer_type](layer)
@@ -133,7 +133,7 @@ def layout_of(layer: nn.Module) -> Layout:
 
 
 def rule_of(layer: nn.Module) -> tuple[Rule, frozenset[str]] | None:
-    """The fast rule for `layer` and the weights it serves; None where its forward is not the one the rule stands for."""
+    """The fast rule for `layer` and the weights it serves; None where its forward is not the one a rule stands for."""
     if "forward" in vars(layer):
         return None
     for layer_type in type(layer).__mro__:
@@ -267,7 +267,8 @@ def choose_rank1(model: nn.Module, sites: Mapping[str, list[Site]], layers: Sele
         if not found:
             raise ValueError(
                 f"layers: pattern {pattern!r} chooses no weight that can have r and s; a pattern must match the layers "
-                f"themselves ('net.*' for what is inside net). The weights that have them by default: {sorted(set().union(*owned.values()))}"
+                "themselves ('net.*' for what is inside net). The weights that have them by default: "
+                f"{sorted(set().union(*owned.values()))}"
             )
         chosen |= found
     return chosen

@@ -32,27 +32,22 @@ def stack_params(members: Sequence[Member], *, model: nn.Module | None = None) -
 
     Raises:
         TypeError: a member is neither a module nor a mapping of tensors.
-        ValueError: no members; or names, shapes, dtypes, devices or `requires_grad` differ among them: all differences are listed.
+        ValueError: no members; or names, shapes, dtypes, devices or `requires_grad` differ among them (all differences
+            are listed).
     """
     tables = _tables(members, model, "named_parameters")
     _check_alike(tables)
-    source = {name: value for name, value in model.named_parameters()} if model is not None else tables[0]
-    # A state_dict says nothing about training; its tensors are taken as trainable.
-    plain = model is None and not isinstance(members[0], nn.Module)
+    stacked = _stack(tables)
     return EnsembleParams(
-        {},
-        {
-            name: stack.requires_grad_(is_numeric(stack) and (plain or source[name].requires_grad))
-            for name, stack in _stack(tables).items()
-        },
+        {}, {name: stacked[name].requires_grad_(value.requires_grad) for name, value in tables[0].items()}
     )
 
 
 def stack_buffers(members: Sequence[Member], *, model: nn.Module | None = None) -> dict[str, Tensor]:
     """The buffers (BatchNorm statistics, masks) of trained models, stacked: `{name: [E, ...]}`.
 
-    Takes `members` and `model` as `stack_params` does and raises as it does; for state_dicts `model` must be given, whose own
-    values stand for buffers that are not persistent.
+    Takes `members` and `model` as `stack_params` does and raises as it does; for state_dicts `model` must be given,
+    whose own values stand for buffers that are not persistent.
     """
     tables = _tables(members, model, "named_buffers")
     _check_alike(tables)
@@ -67,8 +62,9 @@ def member_params(model: nn.Module, params: EnsembleParams, i: int) -> dict[str,
     >>> params = fe.batchensemble_params(model, E=5)
     >>> _ = model.load_state_dict(fe.member_params(model, params, 2))
 
-    Returns: `{name: tensor}` of the model's own shapes, tied parameters under each of their names, in memory of their own.
-        Gradients flow through to `params`. `model.load_state_dict` takes it, with `strict=False` for a model with buffers.
+    Returns: `{name: tensor}` of the model's own shapes, tied parameters under each of their names, in memory of their
+        own. Gradients flow through to `params`. `model.load_state_dict` takes it, with `strict=False` for a model with
+        buffers.
 
     Raises:
         TypeError: `i` is not an int.
@@ -100,35 +96,36 @@ def _tables(members: Sequence[Member], model: nn.Module | None, kind: str) -> li
         raise TypeError(f"members: expected a list of modules or state_dicts, got {type(members).__name__}")
     if not members:
         raise ValueError("members: expected at least one module or state_dict, got an empty list")
-    if model is not None:
-        parameter_sites(model)
+    for module in (model, *members):
+        if isinstance(module, nn.Module):
+            parameter_sites(module)
     tables = []
     for index, member in enumerate(members):
         if isinstance(member, nn.Module):
-            parameter_sites(member)
             tables.append(dict(getattr(member, kind)()))
-            continue
-        if not isinstance(member, Mapping) or not all(isinstance(value, Tensor) for value in member.values()):
+        elif isinstance(member, Mapping) and all(isinstance(value, Tensor) for value in member.values()):
+            tables.append(_from_state_dict(member, index, model, kind))
+        else:
             raise TypeError(f"members: expected modules or state_dicts, member {index} is {type(member).__name__}")
-        if model is not None:
-            own = dict(getattr(model, kind)())
-            saved = model.state_dict()
-            unexpected = [name for name in member if name not in saved]
-            missing = [name for name in own if name in saved and name not in member]
-            if missing or unexpected:
-                raise ValueError(
-                    f"members: state_dict {index} is not one of model: missing {missing}, unexpected {unexpected}"
-                )
-            tables.append({name: member.get(name, own[name]) for name in own})
-            continue
-        buffers = [name for name in member if name.rpartition(".")[2] in _STATISTICS]
+    return tables
+
+
+def _from_state_dict(state: Mapping[str, Tensor], index: int, model: nn.Module | None, kind: str) -> dict[str, Tensor]:
+    """The tensors of one `kind` in a state_dict. It does not say what is trained: what is in `model`, or everything."""
+    if model is None:
+        buffers = [name for name in state if name.rpartition(".")[2] in _STATISTICS]
         if buffers or kind == "named_buffers":
             raise ValueError(
-                f"model: got None, but state_dict {index} does not say which of its tensors are buffers (as {buffers} are); "
-                "give model=, and stack the buffers with stack_buffers"
+                f"model: got None, but state_dict {index} does not say which of its tensors are buffers (as {buffers} "
+                "are); give model=, and stack the buffers with stack_buffers"
             )
-        tables.append(dict(member))
-    return tables
+        return {name: value.detach().requires_grad_(is_numeric(value)) for name, value in state.items()}
+    own, saved = dict(getattr(model, kind)()), model.state_dict()
+    unexpected = [name for name in state if name not in saved]
+    missing = [name for name in own if name in saved and name not in state]
+    if missing or unexpected:
+        raise ValueError(f"members: state_dict {index} is not one of model: missing {missing}, unexpected {unexpected}")
+    return {name: state.get(name, value).detach().requires_grad_(value.requires_grad) for name, value in own.items()}
 
 
 def _check_alike(tables: list[dict[str, Tensor]]) -> None:

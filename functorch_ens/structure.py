@@ -20,7 +20,9 @@ class Site(NamedTuple):
     @property
     def parameter(self) -> nn.Parameter:
         """What is registered there, where it is a parameter."""
-        return self.module._parameters[self.leaf]  # not getattr: a template computes some of them
+        parameter = self.module._parameters[self.leaf]  # not getattr: a template computes some of them
+        assert parameter is not None
+        return parameter
 
 
 def is_numeric(tensor: Tensor) -> bool:
@@ -46,7 +48,8 @@ def parameter_sites(model: nn.Module) -> dict[str, list[Site]]:
     lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
     if lazy:
         raise ValueError(
-            f"model: {kind} has lazy parameters or buffers without a shape yet: {lazy}; call the model once on an input first"
+            f"model: {kind} has lazy parameters or buffers without a shape yet: {lazy}; "
+            "call the model once on an input first"
         )
     return sites
 

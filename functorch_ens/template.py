@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from functorch_ens.pure import pure_forward
-from functorch_ens.rank1 import Layout, Rank1, can_be_rank1, layout_of, rank1_names, rule_of
+from functorch_ens.rank1 import Layout, Rank1, Rule, can_be_rank1, layout_of, rank1_names, rule_of
 from functorch_ens.structure import buffer_sites, copy_structure, parameter_sites
 
 
 class Template:
     """The structure of `model`, on the meta device, called with the tensors of one member.
 
-    A weight that comes with its `r` and `s` is `W * (r s^T)` wherever the model's code reads it; a layer with a fast rule
-    for its whole forward uses that instead. Everything else is as the model has it.
+    A weight that comes with its `r` and `s` is `W * (r s^T)` wherever the model's code reads it; a layer with a fast
+    rule for its whole forward uses that instead. Everything else is as the model has it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,7 +42,7 @@ class Template:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The output of one member with the parameters `tensors`, and what its `buffers` (written in place) have become."""
+        """The output of one member with the parameters `tensors`, and what its `buffers`, written in place, became."""
         given = {alias: tensor for name, tensor in {**tensors, **buffers}.items() for alias in self._aliases[name]}
         try:
             # torch.compile cannot trace the switch of the fast path.
@@ -85,7 +85,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _install_rank1(template: nn.Module) -> dict[str, list[str]]:
-    """Make every weight that can be rank-1 read its `r` and `s`; return every tensor's names, those it is tied under too."""
+    """Make every weight that can be rank-1 read its `r` and `s`; return all the names each tensor is tied under."""
     sites = parameter_sites(template)
     aliases = {name: [site.name for site in places] for name, places in sites.items()}
     layouts: dict[nn.Module, dict[str, Layout]] = {}
@@ -107,32 +107,43 @@ def _install_rank1(template: nn.Module) -> dict[str, list[str]]:
 def _rank1_class(layer: nn.Module, layouts: Mapping[str, Layout]) -> type[nn.Module]:
     """The class of `layer`, in which the weights named by `layouts` read their `r` and `s` where these are given."""
     cls = type(layer)
-    rule, leaves = rule_of(layer) or (None, frozenset())
+    namespace: dict[str, Any] = {leaf: _effective(leaf, layout) for leaf, layout in layouts.items()}
+    found = rule_of(layer)
+    if found is not None:
+        rule, leaves = found
+        # A rule reads a weight as its own layer does; one tied to a layer of another layout is multiplied out instead.
+        if all(layouts.get(leaf) == layout_of(layer) for leaf in leaves):
+            namespace["forward"] = _ruled(cls.forward, rule, leaves, layouts)
+    return type(cls.__name__, (cls,), namespace)
 
-    def is_given(self: nn.Module, leaf: str) -> bool:
-        return self._parameters[rank1_names(leaf)[0]] is not None
 
-    def rank1(self: nn.Module, leaf: str) -> Rank1:
-        r, s = rank1_names(leaf)
-        return Rank1(self._parameters[leaf], self._parameters[r], self._parameters[s], layouts[leaf])
+def _effective(leaf: str, layout: Layout) -> property:
+    """An attribute that reads the parameter `leaf`, multiplied out where its `r` and `s` are given."""
 
-    def effective(leaf: str) -> property:
-        def read(self: nn.Module) -> Tensor | None:
-            return rank1(self, leaf).materialise() if is_given(self, leaf) else self._parameters[leaf]
+    def read(self: nn.Module) -> Tensor | None:
+        rank1 = _given(self, leaf, layout)
+        return self._parameters[leaf] if rank1 is None else rank1.materialise()
 
-        return property(read)
+    return property(read)
+
+
+def _ruled(
+    own: Callable[..., Any], rule: Rule, leaves: frozenset[str], layouts: Mapping[str, Layout]
+) -> Callable[..., Any]:
+    """A forward by `rule` where the weights `leaves`, and no others, have `r` and `s`; else the layer's own."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        weights = {leaf: rank1(self, leaf) for leaf in layouts if is_given(self, leaf)}
-        if weights.keys() != leaves:
-            return cls.forward(self, *args, **kwargs)
-        return rule(self, *args, **weights, **kwargs)
+        weights = {leaf: _given(self, leaf, layout) for leaf, layout in layouts.items()}
+        weights = {leaf: rank1 for leaf, rank1 in weights.items() if rank1 is not None}
+        return rule(self, *args, **weights, **kwargs) if weights.keys() == leaves else own(self, *args, **kwargs)
 
-    namespace: dict[str, Any] = {leaf: effective(leaf) for leaf in layouts}
-    # A rule reads a weight as its own layer does: one tied to a layer of another layout has the exact value instead.
-    if rule is not None and all(layouts.get(leaf) == layout_of(layer) for leaf in leaves):
-        namespace["forward"] = forward
-    return type(cls.__name__, (cls,), namespace)
+    return forward
+
+
+def _given(layer: nn.Module, leaf: str, layout: Layout) -> Rank1 | None:
+    """The rank-1 weight `leaf` of `layer`; None where its `r` and `s` are not given, or it is not there itself."""
+    weight, (r, s) = layer._parameters[leaf], (layer._parameters[vector] for vector in rank1_names(leaf))
+    return None if weight is None or r is None or s is None else Rank1(weight, r, s, layout)
 
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -155,7 +166,7 @@ class _Pristine:
         self._plain = {name: value for name, value in self._fixed.items() if name not in _INTERNAL}
 
     def reassign(self) -> None:
-        """`restore` as torch.compile can trace it: assigned attributes are undone; changes inside lists and dicts are not."""
+        """`restore` as torch.compile can trace it: undoes assigned attributes, but no change inside a list or dict."""
         for name, value in self._plain.items():
             if getattr(self._module, name) is not value:
                 setattr(self._module, name, value)

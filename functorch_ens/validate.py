@@ -19,23 +19,25 @@ class Expected:
     """The names and shapes that the parameters and buffers of an ensemble of one model must have."""
 
     def __init__(self, model: nn.Module, sites: Mapping[str, list[Site]]) -> None:
-        self.kind = type(model).__name__
-        self.parameters: Shapes = {}
-        self.vectors: Shapes = {}  # the r and s that its weights can have
+        self._kind = type(model).__name__
+        self._parameters: Shapes = {name: tuple(places[0].parameter.shape) for name, places in sites.items()}
+        self._buffers: Shapes = {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+        self._pairs: list[tuple[str, str]] = []  # the r and s that its weights can have
+        self._vectors: Shapes = {}
         for name, places in sites.items():
-            parameter = places[0].parameter
-            self.parameters[name] = tuple(parameter.shape)
-            if can_be_rank1(parameter):
-                sizes = layout_of(places[0].module).sizes(parameter)
-                self.vectors |= {vector: (size,) for vector, size in zip(rank1_names(name), sizes, strict=True)}
-        self.vectors = {name: shape for name, shape in self.vectors.items() if name not in self.parameters}
-        self.buffers: Shapes = {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+            pair, parameter = rank1_names(name), places[0].parameter
+            if can_be_rank1(parameter) and sites.keys().isdisjoint(pair):
+                out, into = layout_of(places[0].module).sizes(parameter)
+                self._pairs.append(pair)
+                self._vectors |= {pair[0]: (out,), pair[1]: (into,)}
+        self._shapes = self._parameters | self._vectors
 
     def check_params(self, params: Any) -> int:
-        """The number of members of `params`; TypeError or ValueError, listing all that is wrong, where they do not fit."""
+        """The number of members of `params`; TypeError or ValueError, naming what is wrong, where they do not fit."""
         if not isinstance(params, EnsembleParams):
             raise TypeError(
-                f"params: expected EnsembleParams (from ensemble_params, batchensemble_params or stack_params), got {type(params).__name__}"
+                "params: expected EnsembleParams (from ensemble_params, batchensemble_params or stack_params), "
+                f"got {type(params).__name__}"
             )
         shared, stacked = params
         if not stacked:
@@ -43,41 +45,37 @@ class Expected:
         twice = [name for name in stacked if name in shared]
         if twice:
             raise ValueError(f"params: both shared and stacked: {twice}")
-        given = [name for name in (*shared, *stacked) if name not in self.vectors]
-        check_keys(given, self.parameters, f"params: {self.kind}")
-        shapes = self.parameters | self.vectors
-        pairs = [rank1_names(name) for name in self.parameters]
-        alone = [
-            pair
-            for pair in pairs
-            if ((pair[0] in shared or pair[0] in stacked) != (pair[1] in shared or pair[1] in stacked))
-        ]
+        given = {**shared, **stacked}
+        own = {name: tensor for name, tensor in given.items() if name not in self._vectors}
+        check_keys(own, self._parameters, f"params: {self._kind}")
+        alone = [pair for pair in self._pairs if (pair[0] in given) != (pair[1] in given)]
         if alone:
             raise ValueError(f"params: r and s come in pairs; one is missing of {alone}")
-        first = next(iter(stacked.values()))
-        if first.ndim == 0:
-            raise ValueError(f"params: {next(iter(stacked))}: expected a leading member axis, got a tensor of shape []")
+        name, first = next(iter(stacked.items()))
+        if first.ndim == 0 or first.shape[0] == 0:
+            raise ValueError(
+                f"params: {name}: expected a leading member axis, got a tensor of shape {list(first.shape)}"
+            )
         E = first.shape[0]
-        _check_shapes("params", shared, shapes)
-        _check_shapes("params", stacked, shapes, E)
+        _check_shapes("params", shared, self._shapes, ())
+        _check_shapes("params", stacked, self._shapes, (E,))
         return E
 
     def check_buffers(self, buffers: Any, E: int) -> None:
         """TypeError or ValueError where `buffers` are not the model's, with a leading member axis of `E`."""
         if not isinstance(buffers, Mapping):
             raise TypeError(f"buffers: expected a dict (from ensemble_buffers), got {type(buffers).__name__}")
-        check_keys(buffers, self.buffers, f"buffers: {self.kind}")
-        _check_shapes("buffers", buffers, self.buffers, E)
+        check_keys(buffers, self._buffers, f"buffers: {self._kind}")
+        _check_shapes("buffers", buffers, self._buffers, (E,))
 
 
-def _check_shapes(argument: str, tensors: Mapping[str, Tensor], shapes: Shapes, E: int | None = None) -> None:
-    """ValueError, listing every misfit, where a tensor is not of its shape, behind a member axis where `E` is given."""
-    members = () if E is None else (E,)
+def _check_shapes(argument: str, tensors: Mapping[str, Tensor], shapes: Shapes, members: tuple[int, ...]) -> None:
+    """ValueError, listing every misfit, where a tensor's shape is not the member axis, if any, and then its own."""
     wrong = [
         f"{name}: expected {[*members, *shapes[name]]}, got {list(tensor.shape)}"
         for name, tensor in tensors.items()
         if tuple(tensor.shape) != (*members, *shapes[name])
     ]
     if wrong:
-        axis = "" if E is None else f" with a leading member axis of {E}"
+        axis = f" with a leading member axis of {members[0]}" if members else ""
         raise ValueError(f"{argument}: wrong shape{axis}: {'; '.join(wrong)}")

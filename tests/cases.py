@@ -38,8 +38,8 @@ def _conv(draw: st.DrawFn) -> Case:
     n, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     into, out = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
     stride = draw(st.integers(1, 2))
-    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    layer = [nn.Conv1d, nn.Conv2d, nn.Conv3d][n - 1](
+    kinds: list[Any] = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
+    layer = kinds[n - 1](
         into,
         out,
         kernel_size=draw(st.integers(1, 3)),
@@ -48,7 +48,7 @@ def _conv(draw: st.DrawFn) -> Case:
         dilation=draw(st.integers(1, 2)),
         groups=groups,
         bias=draw(st.booleans()),
-        padding_mode=mode,
+        padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
     )
     batch = draw(st.sampled_from([(), (1,), (3,)]))
     return Case(layer, (randn(*batch, into, *draw(st.lists(st.integers(5, 6), min_size=n, max_size=n))),))

@@ -68,13 +68,16 @@ def loop(
         mine = {} if buffers is None else {name: stack[i].clone() for name, stack in buffers.items()}
         outputs.append(functional_call(member, {**member_weights(model, params, i), **mine}, args, kwargs))
         new.append(mine)  # functional_call wrote the updates back to it
-    output = pytree.tree_map(lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs)
+    output = pytree.tree_map(
+        lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs
+    )
     return output if buffers is None else (output, {name: torch.stack([b[name] for b in new]) for name in buffers})
 
 
-def gradients(call: Callable[[fe.EnsembleParams], Any], params: fe.EnsembleParams) -> dict[str, Tensor]:
-    """The gradient, in every parameter, of a fixed random combination of all outputs of `call`."""
-    leaves = [leaf for leaf in pytree.tree_leaves(call(params)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+def gradients(call: Callable[..., Any], params: fe.EnsembleParams, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """The gradient, in every parameter, of a fixed random combination of all outputs of `call(params, *args)`."""
+    output = call(params, *args, **kwargs)
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     source = torch.Generator().manual_seed(1)
     total = sum((leaf * torch.randn(leaf.shape, generator=source).to(leaf)).sum() for leaf in leaves)
     named = {**params.shared, **params.stacked}
@@ -100,7 +103,10 @@ def assert_same(got: Any, want: Any, tolerance: float | None = None) -> None:
 
 def snapshot(*objects: Any) -> list[Any]:
     """Copies of all tensors in modules and pytrees, to compare with `assert_untouched`."""
-    return [[(name, tensor, tensor.detach().clone(), tensor._version) for name, tensor in _tensors(each)] for each in objects]
+    return [
+        [(name, tensor, tensor.detach().clone(), tensor._version) for name, tensor in _tensors(each)]
+        for each in objects
+    ]
 
 
 def assert_untouched(before: list[Any], *objects: Any) -> None:

@@ -9,16 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compare
+import data
+import models
 import pytest
 import torch
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import compare  # noqa: E402
-import data  # noqa: E402
-import models  # noqa: E402
 
 
 def _run(tmp_path: Path, *options: str) -> dict[str, Any]:
@@ -70,7 +68,9 @@ def test_other_models_on_a_folder_of_images(model: str, tmp_path: Path, capsys: 
     with pytest.raises(SystemExit, match=r"differ in size.*give --image-size N"):
         compare.main(options)
     report = _run(folder.parent / "run", *options, "--image-size", "16", "--members", "2", "--batch-size", "4")
-    assert all(result["bytes"] > 4 * result["parameters"] for result in report["results"].values())  # BatchNorm's buffers
+    assert all(
+        result["bytes"] > 4 * result["parameters"] for result in report["results"].values()
+    )  # BatchNorm's buffers
     assert all(math.isfinite(result["ensemble_nll"]) for result in report["results"].values())
     assert "12 training and 4 test images of [3, 16, 16]" in capsys.readouterr().out
 
@@ -92,7 +92,10 @@ def test_the_notebooks_mlp() -> None:
     ("options", "message"),
     [
         (["--data", "folder", "--data-dir", "nowhere"], r"nowhere is no image folder.*\nNeeded: DIR/train/CLASS"),
-        (["--model", "resnet19"], "expected mlp, cnn or a torchvision classification model such as resnet18, got resnet19"),
+        (
+            ["--model", "resnet19"],
+            "expected mlp, cnn or a torchvision classification model such as resnet18, got resnet19",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_said(options: list[str], message: str) -> None:
@@ -105,7 +108,9 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", refuse)
-    with pytest.raises(SystemExit, match=r"CIFAR-10 is not in .*no network\n.*--data-dir(.|\n)*--data folder(.|\n)*--data digits"):
+    with pytest.raises(
+        SystemExit, match=r"CIFAR-10 is not in .*no network\n.*--data-dir(.|\n)*--data folder(.|\n)*--data digits"
+    ):
         compare.main(["--data", "cifar10", "--data-dir", str(tmp_path)])
 
 

@@ -23,7 +23,9 @@ def test_the_exports_are_sorted_unique_there_and_documented() -> None:
 def test_imports_point_one_way() -> None:
     """No module of the package imports one that, at any remove, imports it."""
     files = {path.stem: path for path in (ROOT / "functorch_ens").glob("*.py")}
-    imports = {stem: set(re.findall(r"from functorch_ens\.(\w+) import", path.read_text())) for stem, path in files.items()}
+    imports = {
+        stem: set(re.findall(r"from functorch_ens\.(\w+) import", path.read_text())) for stem, path in files.items()
+    }
     assert imports["forward"] and imports["params"]
     order: list[str] = []
     while len(order) < len(imports):

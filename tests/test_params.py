@@ -1,4 +1,4 @@
-"""ensemble_params, batchensemble_params and ensemble_buffers: what is in them, where it comes from, whose memory it is."""
+"""ensemble_params, batchensemble_params, ensemble_buffers: what is in them, whence it comes, whose memory it is."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def test_the_generator_decides_alone(E: int, seed: int, double: bool) -> None:
             assert torch.equal(tensor, _all(b)[name]) and torch.equal(_all(d)[name], _all(e)[name])
         assert any(not torch.equal(tensor, _all(c)[name]) for name, tensor in _all(a).items())
     two = fe.ensemble_params(model, E), fe.ensemble_params(model, E)
-    assert not torch.equal(two[0].stacked["0.weight"], two[1].stacked["0.weight"]), "the global generator did not advance"
+    assert not torch.equal(two[0].stacked["0.weight"], two[1].stacked["0.weight"]), (
+        "the global generator did not advance"
+    )
 
 
 def test_members_start_apart() -> None:
@@ -153,7 +155,7 @@ def test_reset_copies_what_nothing_initialises_and_says_so_once() -> None:
 def test_a_factory_keeps_what_the_constructor_does() -> None:
     def factory() -> nn.Module:
         model = _net()
-        nn.init.constant_(model[3].weight, 0.25)  # type: ignore[arg-type]
+        nn.init.constant_(model.get_parameter("3.weight"), 0.25)
         return model
 
     params = fe.ensemble_params(_net(), 3, reset=factory)
@@ -240,8 +242,7 @@ def test_init_of_r_and_s() -> None:
     signs = fe.batchensemble_params(model, 4, init="random_sign").stacked
     for stack in signs.values():
         assert set(stack.unique().tolist()) == {-1.0, 1.0} and abs(stack.mean().item()) < 0.15
-    options = {"r_mean": 2.0, "r_std": 0.1, "s_mean": -1.0, "s_std": 3.0}
-    normal = fe.batchensemble_params(model, 4, **options).stacked  # type: ignore[arg-type]
+    normal = fe.batchensemble_params(model, 4, r_mean=2.0, r_std=0.1, s_mean=-1.0, s_std=3.0).stacked
     assert normal["weight_r"].mean().item() == pytest.approx(2.0, abs=0.02)
     assert normal["weight_r"].std().item() == pytest.approx(0.1, rel=0.1)
     assert normal["weight_s"].mean().item() == pytest.approx(-1.0, abs=0.4)
@@ -343,7 +344,8 @@ def test_buffers_are_stacked() -> None:
 
 @pytest.mark.parametrize("make", [fe.ensemble_params, fe.batchensemble_params, fe.ensemble_buffers])
 @pytest.mark.parametrize(
-    ("E", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("3", TypeError), (None, TypeError)]
+    ("E", "error"),
+    [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("3", TypeError), (None, TypeError)],
 )
 def test_E_must_be_a_positive_int(make: Any, E: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=f"E: expected a positive int, got {E!r}"):
@@ -357,7 +359,11 @@ def test_E_must_be_a_positive_int(make: Any, E: Any, error: type[Exception]) -> 
         ("resnet18", TypeError, "model: expected a torch.nn.Module, got 'resnet18'"),
         (nn.Linear, TypeError, "model: expected a torch.nn.Module, got <class"),
         (nn.ReLU(), ValueError, "model: ReLU has no parameters"),
-        (nn.Sequential(nn.LazyLinear(3)), ValueError, r"lazy parameters.*\['0.weight', '0.bias'\]; call the model once"),
+        (
+            nn.Sequential(nn.LazyLinear(3)),
+            ValueError,
+            r"lazy parameters.*\['0.weight', '0.bias'\]; call the model once",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")

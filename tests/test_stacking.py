@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -92,10 +93,12 @@ def test_gradients_flow_through_member_params() -> None:
     params = fe.batchensemble_params(case.model, 2)
 
     def by_members(p: fe.EnsembleParams) -> Any:
-        each = [functional_call(copy.deepcopy(case.model), fe.member_params(case.model, p, i), case.args) for i in range(2)]
+        each = [
+            functional_call(copy.deepcopy(case.model), fe.member_params(case.model, p, i), case.args) for i in range(2)
+        ]
         return torch.stack(each)
 
-    want = gradients(lambda p: loop(case.model, p, *case.args), params)
+    want = gradients(partial(loop, case.model), params, *case.args)
     assert_same(gradients(by_members, params), want)
 
 
@@ -150,7 +153,9 @@ def test_members_that_do_not_go_together(members: Any, error: type[Exception], m
 
 
 def test_state_dicts_of_another_model_are_named() -> None:
-    with pytest.raises(ValueError, match=r"state_dict 0 is not one of model: missing \['bias'\], unexpected \['extra'\]"):
+    with pytest.raises(
+        ValueError, match=r"state_dict 0 is not one of model: missing \['bias'\], unexpected \['extra'\]"
+    ):
         fe.stack_params([{"weight": randn(2, 2), "extra": randn(1)}], model=nn.Linear(2, 2))
     with pytest.raises(ValueError, match="model: got None"):
         fe.stack_buffers([nn.BatchNorm1d(2).state_dict()])

@@ -39,7 +39,7 @@ def _batches(steps: int) -> list[tuple[Tensor, Tensor]]:
 def _train(
     model: nn.Module, params: fe.EnsembleParams, optimiser: str, strategy: str, compiled: bool = False
 ) -> tuple[fe.EnsembleParams, dict[str, Tensor], list[Tensor]]:
-    """The functional loop of the README, 20 steps of it, on a copy of `params`; also the loss per member at each step."""
+    """20 steps of README's functional loop on a copy of `params`; also the loss of each member at each step."""
     params = fe.EnsembleParams(*({k: v.detach().clone().requires_grad_() for k, v in part.items()} for part in params))
     buffers, losses = fe.ensemble_buffers(model, params.E), []
     forward = fe.make_forward(model, strategy=strategy)
@@ -94,7 +94,9 @@ class _ByHand(nn.Module):
             weights[name] = self.tensors[name]
             if f"{name}_r" in self.tensors:
                 owner = self.model.get_submodule(name.rpartition(".")[0])
-                weights[name] = materialise(owner, weights[name], self.tensors[f"{name}_r"][i], self.tensors[f"{name}_s"][i])
+                weights[name] = materialise(
+                    owner, weights[name], self.tensors[f"{name}_r"][i], self.tensors[f"{name}_s"][i]
+                )
         y: Tensor = torch.func.functional_call(self.model, weights, (x,))
         statistics.update({name: weights[name] for name in statistics})
         return y
@@ -122,7 +124,7 @@ def test_a_batchensemble_trains_as_explicit_weights_do(strategy: str, optimiser:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fused_adam_equals_unfused_on_the_train_step(compiled: bool) -> None:
-    """The gradients of stacked Linear weights come with other strides than the weights: fused Adam on CPU misreads those."""
+    """The gradients of stacked Linear weights have other strides than the weights: fused Adam on CPU misreads those."""
     model = _net().train()
     params = fe.ensemble_params(model, 3)
     fused, *_ = _train(model, params, "fused Adam", "vmap", compiled)
