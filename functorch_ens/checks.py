@@ -36,10 +36,10 @@ def check_option(value: Any, options: Collection[Any], argument: str) -> None:
         raise ValueError(f"{argument}: expected one of {list(options)}, got {value!r}")
 
 
-def check_bool(value: Any, argument: str) -> None:
-    """TypeError where `value` is not True or False: a truthy string is a mistake."""
+def check_bool(value: Any, argument: str, or_else: str = "") -> None:
+    """TypeError where `value` is not True or False: a truthy string is a mistake. `or_else` says what else is taken."""
     if not isinstance(value, bool):
-        raise TypeError(f"{argument}: expected True or False, got {value!r}")
+        raise TypeError(f"{argument}: expected True or False{or_else and f', {or_else}'}, got {value!r}")
 
 
 def check_generator(generator: Any) -> None:

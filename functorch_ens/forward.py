@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from functorch_ens.template import Template
 from functorch_ens.validate import Expected
 
 log = logging.getLogger(__name__)
+_LOCK = threading.RLock()
 
 # Modules that vmap cannot serve: torch has no batching rule for what they call.
 _LOOP_ONLY: dict[type[nn.Module], str] = {
@@ -64,6 +66,12 @@ def make_forward(
         TypeError, ValueError: here, for unknown options; by `forward`, where `params`, `buffers` or the member axis of
             an input do not fit the model, or where the model would update buffers (BatchNorm in training mode) that
             were not given. The model's own errors come through, with a note on the member axis.
+        RuntimeError: by `forward`, where vmap cannot serve the model and was asked for, or where `randomness="error"`
+            and the model draws random numbers.
+
+    Inside `torch.compile(fullgraph=True)` nothing can be tried: `"auto"` does not fall back there (call once without,
+    and the choice is made), an update in place of a buffer other than a norm's is not noticed, and the loop knows no
+    `randomness` but `"different"`.
     """
     check_option(strategy, ("auto", "vmap", "loop"), "strategy")
     check_option(randomness, ("different", "same", "error"), "randomness")
@@ -103,8 +111,15 @@ class Forward:
             self._check_no_update()
         else:
             self._expected.check_buffers(buffers, E)
-        self._template.follow()
         call = _Call(self._template, self._model, E, params, buffers, args, kwargs, self._member_inputs)
+        if torch.compiler.is_compiling():
+            return self._compute(call)
+        # One call at a time: a template holds the tensors of the call that it serves.
+        with _LOCK:
+            return self._compute(call)
+
+    def _compute(self, call: _Call) -> Any:
+        self._template.follow()
         if torch.compiler.is_compiling():
             return call.result(*self._members(call))
         try:
@@ -118,6 +133,8 @@ class Forward:
             failure = error
         else:
             return call.result(*members)
+        finally:
+            call.check_parameters()
         return self._after_vmap(call, failure)
 
     def _members(self, call: _Call) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -163,6 +180,9 @@ def _choose(model: nn.Module) -> tuple[str, str]:
     return "vmap", "nothing in the model is known to need the loop"
 
 
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(...))
+
+
 def _update_lost(names: list[str]) -> str:
     return (
         f"buffers: got None, but in training mode the model updates {names}; give buffers=ensemble_buffers(model, E) "
@@ -185,6 +205,9 @@ class _Call:
         member_inputs: bool,
     ) -> None:
         self.E = E
+        self._kind = type(model).__name__
+        given = [] if torch.compiler.is_compiling() else [*params.shared.items(), *params.stacked.items()]
+        self._versions = [(name, tensor, tensor._version) for name, tensor in given]
         self.stacked = params.stacked
         self.buffers = None if buffers is None else dict(buffers)
         self._shared = params.shared
@@ -208,20 +231,29 @@ class _Call:
         self, stacked: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One member's output, as a flat list of its tensors, and its new buffers."""
-        tensors = iter(inputs)
+        # A forward may write to its inputs and buffers in place: to copies, never to what was passed in.
+        tensors = iter([x.clone() for x in inputs])
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        # A forward may write to its buffers in place: to copies, never to what was passed in.
         copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **buffers}.items()}
         output, new = self._template({**self._shared, **stacked}, copies, args, kwargs)
-        if self._training and not torch.compiler.is_compiling():
-            self._lost |= {name for name in self._own_buffers if new[name] is not copies[name] or copies[name]._version}
+        if self._training:  # torch.compile cannot read the version of what grad wraps, and sees only what is replaced
+            versioned = not torch.compiler.is_compiling()
+            self._lost |= {
+                name
+                for name in self._own_buffers
+                if new[name] is not copies[name] or (versioned and copies[name]._version)
+            }
         values, spec = pytree.tree_flatten(output)
         form = spec, [... if isinstance(value, Tensor) else value for value in values]
-        if self._form not in (None, form):
+        wrong = [type(value).__name__ for value in form[1] if not isinstance(value, _CONSTANTS)]
+        if wrong:
             raise TypeError(
-                f"output: what is not a tensor must be the same for every member; got {self._form} and {form}"
+                f"output: expected tensors, numbers, text or None in a pytree, got {wrong}; "
+                "torch.utils._pytree.register_pytree_node or register_dataclass make a type of output one"
             )
+        if self._form is not None and repr(self._form) != repr(form):  # repr: a NaN is not equal to itself
+            raise TypeError(f"output: what is no tensor must be the same for all members, got {self._form} and {form}")
         self._form = form
         return [value for value in values if isinstance(value, Tensor)], {name: new[name] for name in buffers}
 
@@ -234,6 +266,15 @@ class _Call:
         spec, values = self._form
         output = pytree.tree_unflatten([next(stacked) if value is ... else value for value in values], spec)
         return output if self.buffers is None else (output, buffers)
+
+    def check_parameters(self) -> None:
+        """ValueError, naming them, where the model has written to its parameters, and so to the caller's."""
+        written = [name for name, tensor, version in self._versions if tensor._version != version]
+        if written:
+            raise ValueError(
+                f"model: {self._kind} writes in place to its parameters {written}, which would change params; "
+                "do that outside its forward"
+            )
 
     def note(self) -> str:
         """What a reader of the model's own error must know about the member axis."""

@@ -52,15 +52,18 @@ def fresh_members(
     """
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
     stacks = {name: own[name].new_empty(count, *own[name].shape) for name, count in copies.items()}
-    copied: dict[str, None] = {}
-    draw = _resetter(model, own, copied) if factory is None else partial(_made_by, factory, own)
-    for index, seed in enumerate(torch.randint(_MAX_SEED, (max(copies.values()),), generator=generator).tolist()):
+    draw = _resetter(model, own) if factory is None else partial(_made_by, factory, own)
+    copied: set[str] = set()
+    for index, seed in enumerate(
+        torch.randint(_MAX_SEED, (max(copies.values()),), generator=generator, device="cpu").tolist()
+    ):
         with _seeded(seed), torch.no_grad():
-            drawn = draw()
+            drawn, untouched = draw()
+        copied |= untouched
         for name, stack in stacks.items():
             if index < len(stack):
                 stack[index] = drawn[name]
-    if not copied.keys().isdisjoint(copies):
+    if not copied.isdisjoint(copies):
         warnings.warn(
             f"no reset_parameters initialises {[name for name in copies if name in copied]}: every member starts from "
             "the model's own values there; for a fresh start give a factory: reset=lambda: MyModel()",
@@ -69,10 +72,14 @@ def fresh_members(
     return stacks
 
 
-def _resetter(model: nn.Module, own: dict[str, Tensor], copied: dict[str, None]) -> Callable[[], dict[str, Tensor]]:
-    """A function that draws one member's parameters by the `reset_parameters` of a copy of `model` on the CPU.
+Drawn = tuple[dict[str, Tensor], set[str]]
+"""One member's parameters, and the names of those that no reset initialises."""
 
-    Values that no reset writes to are those in `own`; the names of their parameters are noted in `copied`.
+
+def _resetter(model: nn.Module, own: dict[str, Tensor]) -> Callable[[], Drawn]:
+    """A function that draws one member by the `reset_parameters` of a copy of `model` on the CPU.
+
+    Values that no reset writes to are those in `own`.
     """
     blank = copy_structure(model, lambda p: p.cpu().clone(), lambda buffer: buffer.detach().cpu().clone())
     parameters = {name: parameter.detach() for name, parameter in blank.named_parameters()}
@@ -80,9 +87,11 @@ def _resetter(model: nn.Module, own: dict[str, Tensor], copied: dict[str, None])
     resets = [
         getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         for module in reversed(list(blank.modules()))
+        if not any(parameter.is_quantized for parameter in module.parameters(recurse=False))
     ]
 
-    def draw() -> dict[str, Tensor]:
+    def draw() -> Drawn:
+        untouched = set()
         for parameter in parameters.values():
             if is_numeric(parameter):
                 parameter.fill_(math.nan)  # what is still NaN after the resets has not been written to
@@ -91,14 +100,14 @@ def _resetter(model: nn.Module, own: dict[str, Tensor], copied: dict[str, None])
                 reset()
         for name, parameter in parameters.items():
             if is_numeric(parameter) and (unset := parameter.isnan()).any():
-                copied[name] = None
+                untouched.add(name)
                 parameter.copy_(torch.where(unset, own[name].cpu(), parameter))
-        return parameters
+        return parameters, untouched
 
     return draw
 
 
-def _made_by(factory: Callable[[], nn.Module], own: dict[str, Tensor]) -> dict[str, Tensor]:
+def _made_by(factory: Callable[[], nn.Module], own: dict[str, Tensor]) -> Drawn:
     """One member's parameters, from a module that `factory` makes; ValueError where it is not like the model."""
     module = factory()
     if not isinstance(module, nn.Module):
@@ -112,4 +121,4 @@ def _made_by(factory: Callable[[], nn.Module], own: dict[str, Tensor]) -> dict[s
     ]
     if wrong:
         raise ValueError(f"reset: the shapes of the factory's module are not the model's: {'; '.join(wrong)}")
-    return made
+    return made, set()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from functorch_ens.checks import check_bool, check_generator, check_number, check_option, check_positive_int
 from functorch_ens.initialise import cpu_generator, fresh_members
-from functorch_ens.rank1 import choose_rank1, layout_of, rank1_names
+from functorch_ens.rank1 import choose_rank1, rank1_layouts, rank1_names
 from functorch_ens.select import Selector, select
 from functorch_ens.structure import Site, is_numeric, parameter_sites
 
@@ -29,7 +29,9 @@ class EnsembleParams(NamedTuple):
 
     @property
     def E(self) -> int:
-        """The number of members."""
+        """The number of members; ValueError where nothing is stacked."""
+        if not self.stacked:
+            raise ValueError("stacked: expected a tensor with a leading member axis, got {}")
         return next(iter(self.stacked.values())).shape[0]
 
 
@@ -69,13 +71,16 @@ def ensemble_params(
 
     Source: Lakshminarayanan, Pritzel & Blundell 2017, arXiv:1612.01474.
     """
-    sites = parameter_sites(model)
+    parameter_sites(model)
     E = check_positive_int(E, "E")
     check_generator(generator)
-    if not callable(reset):
-        check_bool(reset, "reset")
+    if isinstance(reset, nn.Module) or not callable(reset):
+        check_bool(reset, "reset", or_else="or a function that makes a new module")
     own = dict(model.named_parameters())
-    owned = list(own) if stacked is None else _choose_parameters(stacked, sites)
+    if stacked is None:  # a quantised weight cannot be stacked, nor would its members ever differ
+        owned = [name for name, parameter in own.items() if not parameter.is_quantized]
+    else:
+        owned = _choose_parameters(stacked, model)
     if not owned:
         raise ValueError(f"stacked: chooses no parameter of the model, got {stacked!r}")
     shared = {name: own[name].detach().clone() for name in own if name not in owned}
@@ -116,7 +121,8 @@ def batchensemble_params(
         model: the network; it is only read.
         E: the number of members.
         init: how `r` and `s` start: `"normal"` (with the means and standard deviations below), `"random_sign"` (+1 or
-            -1, equally likely) or `"ones"` (every member starts as the model itself).
+            -1, equally likely) or `"ones"` (every member starts as the model itself, and members that start equal
+            and learn from equal data stay equal).
         r_mean, r_std, s_mean, s_std: of the normal distributions, used by `init="normal"` alone.
         bias: `"shared"`, or `"stacked"`: every member has its own biases, starting from the same values, in the layers
             that have `r` and `s`.
@@ -127,7 +133,7 @@ def batchensemble_params(
             of two or more dimensions. None: Linear, Conv, ConvTranspose, Bilinear, Embedding, MultiheadAttention, the
             RNN family, and bare matrices.
         stacked: parameters of which every member has a whole copy of its own (and no `r`, `s`), chosen as in
-            `ensemble_params`. None: none.
+            `ensemble_params`; the copies start equal, unless `use_base_weights=False`. None: none.
         generator: the source of randomness; None is torch's global one, of which one number is drawn.
 
     Returns: parameters that own their memory and are autograd leaves, in the model's dtype and on its device. `r` and
@@ -150,7 +156,7 @@ def batchensemble_params(
     r_std, s_std = check_number(r_std, "r_std", minimum=0), check_number(s_std, "s_std", minimum=0)
 
     own = dict(model.named_parameters())
-    owned = [] if stacked is None else _choose_parameters(stacked, sites)
+    owned = [] if stacked is None else _choose_parameters(stacked, model)
     chosen = choose_rank1(model, sites, layers) - set(owned)
     weights = [name for name in own if name in chosen]
     if not weights and not owned:
@@ -171,15 +177,16 @@ def batchensemble_params(
     stacks |= _repeated(base, biases, E)
     shared = {name: base[name].detach().clone() for name in own if name not in stacks}
 
+    layouts = rank1_layouts(sites)
     vectors: dict[str, Tensor] = {}
     for name in weights:
-        weight, site = own[name], sites[name][0]
-        out, into = layout_of(site.module).sizes(weight)
         r_name, s_name = rank1_names(name)
-        if r_name in own or s_name in own:
+        if name not in layouts:
             raise ValueError(
                 f"model: it already has a parameter named {r_name} or {s_name}; leave {name} out of layers"
             )
+        weight = own[name]
+        out, into = layouts[name].sizes(weight)
         vectors[r_name] = _vector(init, E, out, r_mean, r_std, source).to(weight)
         vectors[s_name] = _vector(init, E, into, s_mean, s_std, source).to(weight)
     return EnsembleParams(_leaves(shared, own), _leaves(vectors | stacks, own))
@@ -196,13 +203,12 @@ def ensemble_buffers(model: nn.Module, E: int) -> dict[str, Tensor]:
     return _repeated(buffers, buffers, E)
 
 
-def _choose_parameters(selector: Selector, sites: Mapping[str, list[Site]]) -> list[str]:
-    """The parameters that `stacked` chooses, tied ones by any of their names, in the model's order."""
-    if callable(selector):
-        found = select(selector, {name: places[0].parameter for name, places in sites.items()}, "stacked")
-    else:
-        found = select(selector, {site.name: site.parameter for places in sites.values() for site in places}, "stacked")
-    return [name for name, places in sites.items() if any(site.name in found for site in places)]
+def _choose_parameters(selector: Selector, model: nn.Module) -> list[str]:
+    """The parameters that `stacked` chooses, in the model's order; patterns also match the other names of tied ones."""
+    own = dict(model.named_parameters())
+    names = own if callable(selector) else dict(model.named_parameters(remove_duplicate=False))
+    found = {id(names[name]) for name in select(selector, names, "stacked")}
+    return [name for name, parameter in own.items() if id(parameter) in found]
 
 
 def _biases(sites: Mapping[str, list[Site]], weights: Sequence[str]) -> list[str]:
@@ -218,10 +224,10 @@ def _biases(sites: Mapping[str, list[Site]], weights: Sequence[str]) -> list[str
 def _vector(init: str, E: int, length: int, mean: float, std: float, source: torch.Generator) -> Tensor:
     """`r` or `s`: `[E, length]`, drawn in float64 on the CPU, so that every dtype and device gets the same numbers."""
     if init == "ones":
-        return torch.ones(E, length, dtype=torch.float64)
+        return torch.ones(E, length, dtype=torch.float64, device="cpu")
     if init == "random_sign":
-        return 2.0 * torch.randint(2, (E, length), generator=source, dtype=torch.float64) - 1.0
-    return mean + std * torch.randn(E, length, generator=source, dtype=torch.float64)
+        return 2.0 * torch.randint(2, (E, length), generator=source, dtype=torch.float64, device="cpu") - 1.0
+    return mean + std * torch.randn(E, length, generator=source, dtype=torch.float64, device="cpu")
 
 
 def _repeated(tensors: Mapping[str, Tensor], names: Iterable[str], E: int) -> dict[str, Tensor]:

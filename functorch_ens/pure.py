@@ -33,16 +33,16 @@ def _renormalised(rows: Tensor, layer: Any) -> Tensor:
     return rows + (rows * scale - rows).detach()
 
 
-def _embedding(layer: nn.Embedding, x: Tensor) -> Tensor:
-    rows = F.embedding(x, layer.weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+def _embedding(layer: nn.Embedding, input: Tensor) -> Tensor:
+    rows = F.embedding(input, layer.weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
     return _renormalised(rows, layer)
 
 
 def _embedding_bag(
-    layer: nn.EmbeddingBag, x: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+    layer: nn.EmbeddingBag, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
 ) -> Tensor:
     return F.embedding_bag(
-        x,
+        input,
         _renormalised(layer.weight, layer),
         offsets,
         scale_grad_by_freq=layer.scale_grad_by_freq,
@@ -53,16 +53,16 @@ def _embedding_bag(
     )
 
 
-def _cumulative_batch_norm(layer: Any, x: Tensor) -> Tensor:
+def _cumulative_batch_norm(layer: Any, input: Tensor) -> Tensor:
     """BatchNorm whose running statistics are plain averages; torch's own reads the count of batches from its tensor."""
-    layer._check_input_dim(x)
+    layer._check_input_dim(input)
     if not layer.training:
-        return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
+        return F.batch_norm(input, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
     with torch.no_grad():
         layer.num_batches_tracked = layer.num_batches_tracked + 1
-        over = [dim for dim in range(x.ndim) if dim != 1]
-        var, mean = torch.var_mean(x, over)
+        over = [dim for dim in range(input.ndim) if dim != 1]
+        var, mean = torch.var_mean(input, over)
         weight = 1.0 / layer.num_batches_tracked.to(mean.dtype)
         layer.running_mean = layer.running_mean + (mean - layer.running_mean) * weight
         layer.running_var = layer.running_var + (var - layer.running_var) * weight
-    return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
+    return F.batch_norm(input, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)

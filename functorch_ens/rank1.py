@@ -61,6 +61,15 @@ def rank1_names(name: str) -> tuple[str, str]:
     return f"{name}_r", f"{name}_s"
 
 
+def rank1_layouts(sites: Mapping[str, list[Site]]) -> dict[str, Layout]:
+    """The layout of every parameter that can have `r` and `s`: that of the first layer it is in."""
+    return {
+        name: layout_of(places[0].module)
+        for name, places in sites.items()
+        if can_be_rank1(places[0].parameter) and sites.keys().isdisjoint(rank1_names(name))
+    }
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The registry: per layer class, the layout of its weights and, where there is one, a forward faster than materialising.
 
@@ -149,6 +158,16 @@ def rule_of(layer: nn.Module) -> tuple[Rule, frozenset[str]] | None:
 # The fast rules: scale the activations, so that the shared weight serves all members in one product.
 
 
+def _enter(x: Tensor, s: Tensor, spatial: int = 0) -> Tensor:
+    """Scale what enters a layer, `[..., in, *spatial]`, by `s`, in the dtype of `x`.
+
+    An `x` that does not fit is left as it is: broadcasting it would hide the error that the layer itself has for it.
+    """
+    if x.ndim <= spatial or x.shape[-1 - spatial] != s.shape[0]:
+        return x
+    return x * rearrange(s, "c -> c" + " 1" * spatial).to(x.dtype)
+
+
 def _leave(y: Tensor, r: Tensor, bias: Tensor | None, spatial: int = 0) -> Tensor:
     """Scale what leaves a layer, `[..., out, *spatial]`, by `r` and add the bias, in the dtype of `y` (autocast)."""
     shape = "c -> c" + " 1" * spatial
@@ -157,25 +176,25 @@ def _leave(y: Tensor, r: Tensor, bias: Tensor | None, spatial: int = 0) -> Tenso
 
 
 @rank1_rule(nn.Linear)
-def _linear(layer: nn.Linear, x: Tensor, *, weight: Rank1) -> Tensor:
-    return _leave(F.linear(x * weight.s, weight.weight), weight.r, layer.bias)
+def _linear(layer: nn.Linear, input: Tensor, *, weight: Rank1) -> Tensor:
+    return _leave(F.linear(_enter(input, weight.s), weight.weight), weight.r, layer.bias)
 
 
 @rank1_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def _conv(layer: Any, x: Tensor, *, weight: Rank1) -> Tensor:
+def _conv(layer: Any, input: Tensor, *, weight: Rank1) -> Tensor:
     spatial = len(layer.kernel_size)
-    x = x * rearrange(weight.s, "c -> c" + " 1" * spatial)
     # `_conv_forward` also does the padding modes; a scale per channel commutes with all of them.
-    return _leave(layer._conv_forward(x, weight.weight, None), weight.r, layer.bias, spatial)
+    y = layer._conv_forward(_enter(input, weight.s, spatial), weight.weight, None)
+    return _leave(y, weight.r, layer.bias, spatial)
 
 
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @rank1_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def _conv_transpose(layer: Any, x: Tensor, output_size: list[int] | None = None, *, weight: Rank1) -> Tensor:
+def _conv_transpose(layer: Any, input: Tensor, output_size: list[int] | None = None, *, weight: Rank1) -> Tensor:
     spatial = len(layer.kernel_size)
-    x = x * rearrange(weight.s, "c -> c" + " 1" * spatial)
+    x = _enter(input, weight.s, spatial)
     padding = layer._output_padding(
         x, output_size, layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation
     )
@@ -186,19 +205,20 @@ def _conv_transpose(layer: Any, x: Tensor, output_size: list[int] | None = None,
 
 
 @rank1_rule(nn.Embedding)
-def _embedding(layer: nn.Embedding, x: Tensor, *, weight: Rank1) -> Tensor:
+def _embedding(layer: nn.Embedding, input: Tensor, *, weight: Rank1) -> Tensor:
     if layer.scale_grad_by_freq:  # divides the gradient of an effective row by how often it was looked up
-        return F.embedding(x, weight.materialise(), layer.padding_idx, scale_grad_by_freq=True)
-    rows = F.embedding(x, weight.weight, layer.padding_idx)
-    s = F.embedding(x, rearrange(weight.s, "v -> v 1"), layer.padding_idx)
+        return F.embedding(input, weight.materialise(), layer.padding_idx, scale_grad_by_freq=True)
+    rows = F.embedding(input, weight.weight, layer.padding_idx)
+    s = F.embedding(input, rearrange(weight.s, "v -> v 1"), layer.padding_idx)
     r = weight.r
     if (
         layer.padding_idx is not None
     ):  # padding teaches nothing: F.embedding stops the gradient of W and s, this that of r
-        r = torch.where(rearrange(x == layer.padding_idx, "... -> ... 1"), r.detach(), r)
+        r = torch.where(rearrange(input == layer.padding_idx, "... -> ... 1"), r.detach(), r)
     return rows * s * r
 
 
+rank1_layout(nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, layout=lambda layer: Layout())
 rank1_layout(nn.Embedding, nn.EmbeddingBag, layout=lambda layer: Layout(transposed=True))
 rank1_layout(_ConvNd, layout=lambda layer: Layout(layer.groups))
 rank1_layout(_ConvTransposeNd, layout=lambda layer: Layout(layer.groups, transposed=True))
@@ -207,16 +227,6 @@ rank1_layout(_ConvTransposeNd, layout=lambda layer: Layout(layer.groups, transpo
 # --------------------------------------------------------------------------------------------------------------------
 # Which weights get `r` and `s`.
 
-_WEIGHTED = (
-    nn.Linear,
-    _ConvNd,
-    nn.Bilinear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -230,7 +240,10 @@ def is_rank1_by_default(site: Site) -> bool:
     parameter = site.parameter
     if not can_be_rank1(parameter) or isinstance(site.module, _NORMS):
         return False
-    if isinstance(site.module, _WEIGHTED) and "weight" in site.leaf:
+    if isinstance(site.module, tuple(_layouts)) and "weight" in site.leaf:
+        return True
+    found = rule_of(site.module)
+    if found is not None and site.leaf in found[1]:
         return True
     return parameter.ndim == 2 and min(parameter.shape) > 1
 
@@ -238,8 +251,9 @@ def is_rank1_by_default(site: Site) -> bool:
 def choose_rank1(model: nn.Module, sites: Mapping[str, list[Site]], layers: Selector | None) -> set[str]:
     """The names of the parameters that get `r` and `s`: the default ones, or those that `layers` chooses among them.
 
-    A pattern is read as module names. One that is no module's name is read as parameter names, and can then choose any
-    parameter of two or more dimensions (a position embedding, say).
+    A pattern is read as module names, and chooses the weights of those modules that have `r` and `s` by default. Where
+    they have none of these, or no module is called so, it chooses any parameters of two or more dimensions: those that
+    the modules own themselves, or whose name it is (a position embedding, say).
 
     Raises:
         TypeError: `layers` is not a pattern, a list of patterns or a predicate.
@@ -253,17 +267,24 @@ def choose_rank1(model: nn.Module, sites: Mapping[str, list[Site]], layers: Sele
     if layers is None:
         return set().union(*owned.values())
     modules = dict(model.named_modules(remove_duplicate=False))
-    if callable(layers):
+    if callable(layers) and not isinstance(layers, type):
         return set().union(*(owned.get(module, ()) for name, module in model.named_modules() if layers(name, module)))
 
     parameters = {site.name: name for name, places in sites.items() for site in places if can_be_rank1(site.parameter)}
     chosen: set[str] = set()
     for pattern in as_patterns(layers, "layers"):
-        named_modules = matches(pattern, modules)
-        if named_modules:
-            found = set().union(*(owned.get(modules[name], ()) for name in named_modules))
-        else:
-            found = {parameters[name] for name in matches(pattern, parameters)}
+        named = matches(pattern, modules)
+        found = set().union(*(owned.get(modules[name], ()) for name in named))
+        if not found:
+            inside = {
+                f"{name}.{leaf}" if name else leaf
+                for name in named
+                for leaf in modules[name]._parameters
+                if "bias" not in leaf
+            }
+            found = {
+                parameters[name] for name in (inside & parameters.keys() if named else matches(pattern, parameters))
+            }
         if not found:
             raise ValueError(
                 f"layers: pattern {pattern!r} chooses no weight that can have r and s; a pattern must match the layers "

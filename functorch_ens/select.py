@@ -40,7 +40,7 @@ def select(selector: Selector, objects: Mapping[str, Any], argument: str) -> set
         TypeError: `selector` is none of the three kinds.
         ValueError: a pattern matches no name: it would be silently without effect.
     """
-    if callable(selector):
+    if callable(selector) and not isinstance(selector, type):
         return {name for name, value in objects.items() if selector(name, value)}
     chosen: set[str] = set()
     for pattern in as_patterns(selector, argument):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from functorch_ens.params import EnsembleParams
-from functorch_ens.rank1 import Rank1, layout_of, rank1_names
+from functorch_ens.rank1 import Rank1, rank1_layouts, rank1_names
 from functorch_ens.structure import is_numeric, parameter_sites
 from functorch_ens.validate import Expected
 
@@ -72,17 +73,18 @@ def member_params(model: nn.Module, params: EnsembleParams, i: int) -> dict[str,
     """
     sites = parameter_sites(model)
     E = Expected(model, sites).check_params(params)
-    if isinstance(i, bool) or not isinstance(i, int):
+    if isinstance(i, bool) or not isinstance(i, Integral):
         raise TypeError(f"i: expected an int, got {i!r}")
     if not 0 <= i < E:
         raise ValueError(f"i: expected 0 <= i < {E}, got {i}")
-    tensors = {**params.shared, **{name: stack[i] for name, stack in params.stacked.items()}}
+    tensors = {**params.shared, **{name: stack[int(i)] for name, stack in params.stacked.items()}}
+    layouts = rank1_layouts(sites)
     weights: dict[int, Tensor] = {}  # by the identity of the model's parameter
     for name, places in sites.items():
         value = tensors[name].clone()
         r_name, s_name = rank1_names(name)
-        if r_name in tensors and r_name not in sites:
-            value = Rank1(value, tensors[r_name], tensors[s_name], layout_of(places[0].module)).materialise()
+        if name in layouts and r_name in tensors:
+            value = Rank1(value, tensors[r_name], tensors[s_name], layouts[name]).materialise()
         weights[id(places[0].parameter)] = value
     return {name: weights[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
 
@@ -96,12 +98,12 @@ def _tables(members: Sequence[Member], model: nn.Module | None, kind: str) -> li
         raise TypeError(f"members: expected a list of modules or state_dicts, got {type(members).__name__}")
     if not members:
         raise ValueError("members: expected at least one module or state_dict, got an empty list")
-    for module in (model, *members):
-        if isinstance(module, nn.Module):
-            parameter_sites(module)
+    if model is not None:
+        parameter_sites(model)
     tables = []
     for index, member in enumerate(members):
         if isinstance(member, nn.Module):
+            parameter_sites(member)
             tables.append(dict(getattr(member, kind)()))
         elif isinstance(member, Mapping) and all(isinstance(value, Tensor) for value in member.values()):
             tables.append(_from_state_dict(member, index, model, kind))
@@ -135,7 +137,7 @@ def _check_alike(tables: list[dict[str, Tensor]]) -> None:
         if table.keys() != first.keys():
             missing, unexpected = [n for n in first if n not in table], [n for n in table if n not in first]
             wrong.append(f"member {index}: missing {missing}, unexpected {unexpected}")
-        for name in first.keys() & table.keys():
+        for name in [name for name in first if name in table]:
             for what, value in _signature(first[name]).items():
                 other = _signature(table[name])[what]
                 if other != value:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -70,16 +74,21 @@ def _sites(model: nn.Module, registry: str) -> dict[str, list[Site]]:
 
 
 def copy_structure(
-    model: nn.Module, parameter: Callable[[Tensor], Tensor], buffer: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    parameter: Callable[[Tensor], Tensor],
+    buffer: Callable[[Tensor], Tensor],
+    memo: dict[int, Any] | None = None,
 ) -> nn.Module:
     """A deep copy of `model` in which `parameter(p)` and `buffer(b)` stand for its parameters and buffers.
 
     Ties stay ties. Tensors kept in plain attributes (constants, caches) are cloned without their autograd history.
+    `memo` is `copy.deepcopy`'s: afterwards its values are all the objects that the copy does not share with `model`.
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     for module in model.modules():
-        for attribute in vars(module).values():
-            memo.update({id(tensor): tensor.detach().clone() for tensor in _tensors(attribute)})
+        for _, value in reachable(module):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach().clone()
     memo.update({id(b): buffer(b) for b in model.buffers()})
     memo.update({id(p): nn.Parameter(parameter(p.detach()), requires_grad=p.requires_grad) for p in model.parameters()})
     try:
@@ -89,13 +98,51 @@ def copy_structure(
         raise
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a plain attribute, looking into lists, tuples, sets and dicts, not into modules."""
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _tensors(item)
+# What holds attributes, but is not part of the state of the module that refers to it.
+_OPAQUE = (nn.Module, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, torch.Generator, Tensor)
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def contents(value: Any) -> list[Any]:
+    """What a container, a plain object or a `functools.partial` holds directly."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | set | deque):
+        return list(value)
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, _OPAQUE):
+        return []
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All that the plain attributes of `module` hold, at any depth, each with the name of the attribute."""
+    seen: set[int] = set()
+    for name, attribute in vars(module).items():
+        if name in _INTERNAL:
+            continue
+        pending = [attribute]
+        while pending:
+            value = pending.pop()
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield name, value
+                pending += contents(value)
+
+
+def check_reachable(model: nn.Module) -> None:
+    """ValueError where `model` reads a parameter past the place where it is registered, and so past any replacement."""
+    tensors = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    for prefix, module in model.named_modules():
+        for name, value in reachable(module):
+            cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
+            inside = [cell for cell in cells if isinstance(cell, nn.Module) and any(True for _ in cell.parameters())]
+            if isinstance(module, nn.RNNBase) and name == "_flat_weights":  # which it makes anew when they are replaced
+                continue
+            if inside or id(value) in tensors or any(id(cell) in tensors for cell in cells):
+                raise ValueError(
+                    f"model: {type(module).__name__} {prefix!r} keeps parameters or buffers of the model in its "
+                    f"attribute {name!r}, besides where they are registered; members could not have their own there. "
+                    "Read them from the module that owns them, in a method."
+                )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from functorch_ens.pure import pure_forward
-from functorch_ens.rank1 import Layout, Rank1, Rule, can_be_rank1, layout_of, rank1_names, rule_of
-from functorch_ens.structure import buffer_sites, copy_structure, parameter_sites
+from functorch_ens.rank1 import Layout, Rank1, Rule, layout_of, rank1_layouts, rank1_names, rule_of
+from functorch_ens.snapshot import Snapshot
+from functorch_ens.structure import buffer_sites, check_reachable, copy_structure, parameter_sites
 
 
 class Template:
@@ -25,15 +26,18 @@ class Template:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._module = copy_structure(model, _on_meta, _on_meta)
+        check_reachable(model)
+        memo: dict[int, Any] = {}
+        self._module = copy_structure(model, _on_meta, _on_meta, memo)
         self._pairs = list(zip(model.modules(), self._module.modules(), strict=True))
         for module in self._module.modules():
             if (forward := pure_forward(module)) is not None:
-                module.__class__ = type(type(module).__name__, (type(module),), {"forward": forward})
+                kind: Any = type(module)
+                module.__class__ = _pure_class(kind, forward)
         self._aliases = _install_rank1(self._module) | {
             name: [site.name for site in places] for name, places in buffer_sites(self._module).items()
         }
-        self._pristine = [_Pristine(module) for module in self._module.modules()]
+        self._pristine = Snapshot(self._module, {id(value) for value in memo.values()})
 
     def __call__(
         self,
@@ -49,24 +53,19 @@ class Template:
             with nullcontext() if torch.compiler.is_compiling() else _differentiable_attention():
                 output = functional_call(self._module, given, args, kwargs, tie_weights=False)
         finally:
-            self._restore()
+            self._pristine.restore()
         # functional_call writes what the forward assigned to its buffers back to the dict that it was given.
         return output, {name: given[name] for name in buffers}
 
     def follow(self) -> None:
         """Take over which modules of the model are in training mode."""
         for module, own in self._pairs:
-            if own.training != module.training:
-                own.training = module.training
+            own.training = module.training  # without a look at what it was, which torch.compile would guard on
 
-    def _restore(self) -> None:
-        """Forget what a call has left on the modules (caches, counters, vmap wrappers)."""
-        if torch.compiler.is_compiling():
-            for pristine in self._pristine:
-                pristine.reassign()
-        else:
-            for pristine in self._pristine:
-                pristine.restore()
+
+@cache
+def _pure_class(cls: Any, forward: Callable[..., Any]) -> type[nn.Module]:
+    return type(cls.__name__, (cls,), {"forward": forward})
 
 
 @contextmanager
@@ -81,7 +80,7 @@ def _differentiable_attention() -> Iterator[None]:
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _install_rank1(template: nn.Module) -> dict[str, list[str]]:
@@ -89,111 +88,57 @@ def _install_rank1(template: nn.Module) -> dict[str, list[str]]:
     sites = parameter_sites(template)
     aliases = {name: [site.name for site in places] for name, places in sites.items()}
     layouts: dict[nn.Module, dict[str, Layout]] = {}
-    for name, places in sites.items():
-        if not can_be_rank1(places[0].parameter) or not sites.keys().isdisjoint(rank1_names(name)):
-            continue
-        layout = layout_of(places[0].module)
-        for site in places:
+    for name, layout in rank1_layouts(sites).items():
+        for site in sites[name]:
             layouts.setdefault(site.module, {})[site.leaf] = layout
             for vector, alias in zip(rank1_names(name), rank1_names(site.name), strict=True):
                 aliases.setdefault(vector, []).append(alias)
     for layer, leaves in layouts.items():
         for leaf in leaves:
             layer._parameters.update(dict.fromkeys(rank1_names(leaf)))
-        layer.__class__ = _rank1_class(layer, leaves)
+        kind: Any = type(layer)
+        layer.__class__ = _rank1_class(kind, tuple(leaves.items()), _rule_for(layer, leaves))
     return aliases
 
 
-def _rank1_class(layer: nn.Module, layouts: Mapping[str, Layout]) -> type[nn.Module]:
-    """The class of `layer`, in which the weights named by `layouts` read their `r` and `s` where these are given."""
-    cls = type(layer)
-    namespace: dict[str, Any] = {leaf: _effective(leaf, layout) for leaf, layout in layouts.items()}
+def _rule_for(layer: nn.Module, layouts: Mapping[str, Layout]) -> tuple[Rule, frozenset[str]] | None:
+    """The rule for `layer` and the weights it serves; None where there is none that reads them as they are laid out."""
     found = rule_of(layer)
-    if found is not None:
-        rule, leaves = found
-        # A rule reads a weight as its own layer does; one tied to a layer of another layout is multiplied out instead.
-        if all(layouts.get(leaf) == layout_of(layer) for leaf in leaves):
-            namespace["forward"] = _ruled(cls.forward, rule, leaves, layouts)
-    return type(cls.__name__, (cls,), namespace)
+    if found is None:
+        return None
+    # A rule reads a weight as its own layer does; one tied to a layer of another layout is multiplied out instead.
+    return found if all(layouts.get(leaf) == layout_of(layer) for leaf in found[1]) else None
 
 
-def _effective(leaf: str, layout: Layout) -> property:
-    """An attribute that reads the parameter `leaf`, multiplied out where its `r` and `s` are given."""
+@cache  # one class for all layers that are alike: torch.compile then takes templates of one structure for the same
+def _rank1_class(
+    cls: Any, layouts: tuple[tuple[str, Layout], ...], found: tuple[Rule, frozenset[str]] | None
+) -> type[nn.Module]:
+    """A subclass of `cls` in which the weights named in `layouts` read their `r` and `s` where these are given."""
 
-    def read(self: nn.Module) -> Tensor | None:
-        rank1 = _given(self, leaf, layout)
-        return self._parameters[leaf] if rank1 is None else rank1.materialise()
+    def effective(leaf: str, layout: Layout) -> property:
+        def read(self: nn.Module) -> Tensor | None:
+            rank1 = _given(self, leaf, layout)
+            return self._parameters[leaf] if rank1 is None else rank1.materialise()
 
-    return property(read)
-
-
-def _ruled(
-    own: Callable[..., Any], rule: Rule, leaves: frozenset[str], layouts: Mapping[str, Layout]
-) -> Callable[..., Any]:
-    """A forward by `rule` where the weights `leaves`, and no others, have `r` and `s`; else the layer's own."""
+        return property(read)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        weights = {leaf: _given(self, leaf, layout) for leaf, layout in layouts.items()}
+        assert found is not None
+        rule, leaves = found
+        weights = {leaf: _given(self, leaf, layout) for leaf, layout in layouts}
         weights = {leaf: rank1 for leaf, rank1 in weights.items() if rank1 is not None}
-        return rule(self, *args, **weights, **kwargs) if weights.keys() == leaves else own(self, *args, **kwargs)
+        return (
+            rule(self, *args, **weights, **kwargs) if weights.keys() == leaves else cls.forward(self, *args, **kwargs)
+        )
 
-    return forward
+    namespace: dict[str, Any] = {leaf: effective(leaf, layout) for leaf, layout in layouts}
+    if found is not None:
+        namespace["forward"] = forward
+    return type(cls.__name__, (cls,), namespace)
 
 
 def _given(layer: nn.Module, leaf: str, layout: Layout) -> Rank1 | None:
     """The rank-1 weight `leaf` of `layer`; None where its `r` and `s` are not given, or it is not there itself."""
     weight, (r, s) = layer._parameters[leaf], (layer._parameters[vector] for vector in rank1_names(leaf))
     return None if weight is None or r is None or s is None else Rank1(weight, r, s, layout)
-
-
-_INTERNAL = frozenset(vars(nn.Module()))
-_REGISTERED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-
-
-class _Pristine:
-    """The attributes of a module as they were when this was made."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        state = vars(module)
-        mutable = [
-            name
-            for name, value in state.items()
-            if name in _REGISTERED or (name not in _INTERNAL and _is_mutable(value))
-        ]
-        self._fixed = {name: value for name, value in state.items() if name not in mutable}
-        self._mutable = {name: _copied(state[name]) for name in mutable}
-        self._plain = {name: value for name, value in self._fixed.items() if name not in _INTERNAL}
-
-    def reassign(self) -> None:
-        """`restore` as torch.compile can trace it: undoes assigned attributes, but no change inside a list or dict."""
-        for name, value in self._plain.items():
-            if getattr(self._module, name) is not value:
-                setattr(self._module, name, value)
-
-    def restore(self) -> None:
-        """Put every attribute back, but for the training mode, which is not a forward's to change."""
-        state = vars(self._module)
-        training = state["training"]
-        state.clear()
-        state.update(self._fixed)
-        state.update({name: _copied(value) for name, value in self._mutable.items()})
-        state["training"] = training
-
-
-def _is_mutable(value: Any) -> bool:
-    return isinstance(value, list | dict | set | Tensor)
-
-
-def _copied(value: Any) -> Any:
-    """A copy of a plain attribute that no in-place change of the original reaches; modules and parameters are kept."""
-    if isinstance(value, Tensor):
-        with torch._C._DisableFuncTorch():  # a clone made inside vmap or grad would be one of their wrappers
-            return value if value.is_meta else value.clone()
-    if isinstance(value, dict):
-        new = copy.copy(value)
-        new.update({key: _copied(item) for key, item in value.items()})
-        return new
-    if isinstance(value, list):
-        return [_copied(item) for item in value] if type(value) is list else copy.copy(value)
-    return copy.copy(value) if isinstance(value, set) else value

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from functorch_ens.checks import check_keys
 from functorch_ens.params import EnsembleParams
-from functorch_ens.rank1 import can_be_rank1, layout_of, rank1_names
+from functorch_ens.rank1 import rank1_layouts, rank1_names
 from functorch_ens.structure import Site
 
 Shapes = dict[str, tuple[int, ...]]
@@ -24,12 +24,11 @@ class Expected:
         self._buffers: Shapes = {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
         self._pairs: list[tuple[str, str]] = []  # the r and s that its weights can have
         self._vectors: Shapes = {}
-        for name, places in sites.items():
-            pair, parameter = rank1_names(name), places[0].parameter
-            if can_be_rank1(parameter) and sites.keys().isdisjoint(pair):
-                out, into = layout_of(places[0].module).sizes(parameter)
-                self._pairs.append(pair)
-                self._vectors |= {pair[0]: (out,), pair[1]: (into,)}
+        for name, layout in rank1_layouts(sites).items():
+            r, s = rank1_names(name)
+            out, into = layout.sizes(sites[name][0].parameter)
+            self._pairs.append((r, s))
+            self._vectors |= {r: (out,), s: (into,)}
         self._shapes = self._parameters | self._vectors
 
     def check_params(self, params: Any) -> int:
@@ -40,6 +39,11 @@ class Expected:
                 f"got {type(params).__name__}"
             )
         shared, stacked = params
+        if not isinstance(shared, Mapping) or not isinstance(stacked, Mapping):
+            raise TypeError(
+                "params: expected EnsembleParams of two dicts, got "
+                f"{type(shared).__name__} and {type(stacked).__name__}"
+            )
         if not stacked:
             raise ValueError(f"params: nothing is stacked, so there are no members; shared: {list(shared)}")
         twice = [name for name in stacked if name in shared]
@@ -51,6 +55,7 @@ class Expected:
         alone = [pair for pair in self._pairs if (pair[0] in given) != (pair[1] in given)]
         if alone:
             raise ValueError(f"params: r and s come in pairs; one is missing of {alone}")
+        _check_tensors("params", given)
         name, first = next(iter(stacked.items()))
         if first.ndim == 0 or first.shape[0] == 0:
             raise ValueError(
@@ -66,7 +71,15 @@ class Expected:
         if not isinstance(buffers, Mapping):
             raise TypeError(f"buffers: expected a dict (from ensemble_buffers), got {type(buffers).__name__}")
         check_keys(buffers, self._buffers, f"buffers: {self._kind}")
+        _check_tensors("buffers", buffers)
         _check_shapes("buffers", buffers, self._buffers, (E,))
+
+
+def _check_tensors(argument: str, values: Mapping[str, Any]) -> None:
+    """TypeError, naming them, where values are no tensors."""
+    wrong = {name: type(value).__name__ for name, value in values.items() if not isinstance(value, Tensor)}
+    if wrong:
+        raise TypeError(f"{argument}: expected tensors, got {wrong}")
 
 
 def _check_shapes(argument: str, tensors: Mapping[str, Tensor], shapes: Shapes, members: tuple[int, ...]) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from cases import MODELS, Case, Residual, fast_layers, members, model_case, randn
 from hypothesis import given, settings
@@ -124,7 +128,8 @@ class _Outputs(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         y = self.layer(x)
-        return {"y": y, "pair": (y.sum(), None), "note": "text", "list": [y, 3], "shared": x}
+        nothing = float("nan")
+        return {"y": y, "pair": (y.sum(), None), "note": "text", "list": [y, 3], "shared": x, "nan": nothing}
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "loop"])
@@ -148,8 +153,29 @@ def test_an_output_number_that_differs_between_members_is_an_error() -> None:
             return y, y.sum().item()
 
     model = Number()
-    with pytest.raises(TypeError, match="must be the same for every member"):
+    with pytest.raises(TypeError, match="output: what is no tensor must be the same for all members"):
         fe.make_forward(model, strategy="loop")(fe.batchensemble_params(model, 2), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "vmap", "loop"])
+def test_an_output_that_is_no_pytree_is_an_error(strategy: str) -> None:
+    @dataclass
+    class Output:
+        logits: Tensor
+
+    class Wrapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Output:
+            return Output(self.layer(x))
+
+    model = Wrapping()
+    forward = fe.make_forward(model, strategy=strategy)
+    with pytest.raises(TypeError, match=r"output: expected tensors.*\['Output'\]"):
+        forward(fe.batchensemble_params(model, 2), torch.ones(1, 3))
+    assert forward.strategy == ("loop" if strategy == "loop" else "vmap")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -288,24 +314,151 @@ def test_what_a_model_keeps_on_itself_does_not_leak(strategy: str) -> None:
     ]
 
 
-def test_a_cache_does_not_leak_from_compiled_calls() -> None:
+class _Store:
+    """A plain object in which two modules keep things."""
+
+    value: Tensor
+
+
+class _Sharing(nn.Module):
+    """Caches in a dict, an object and a deque that a child module reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.cache: dict[str, Tensor] = {}
+        self.store = _Store()
+        self.queue: deque[Tensor] = deque()
+        self.child: Any = nn.Module()
+        vars(self.child).update(cache=self.cache, store=self.store, queue=self.queue)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "hidden" not in self.cache:
+            self.cache["hidden"] = self.layer(x)
+        if not hasattr(self.store, "value"):
+            self.store.value = self.layer(x).tanh()
+        self.queue.append(self.layer(x).exp())
+        return self.child.cache["hidden"] + self.child.store.value + len(self.child.queue) * self.child.queue[0]
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_caches_that_modules_share_stay_shared_and_do_not_leak(strategy: str) -> None:
+    model = _Sharing().double()
+    forward, params = fe.make_forward(model, strategy=strategy), fe.batchensemble_params(model, 3)
+    for _ in range(3):
+        x = randn(4, 3)
+        assert_same(forward(params, x), loop(model, params, x))
+    assert not model.cache and not vars(model.store) and not model.queue
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_caches_do_not_leak_from_compiled_calls(strategy: str) -> None:
     class Cached(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(3, 3)
             self.cached: Tensor | None = None
+            self.named: dict[str, Tensor] = {}
+            self.history: list[Tensor] = []
 
         def forward(self, x: Tensor) -> Tensor:
             if self.cached is None:
                 self.cached = self.layer(x)
-            return self.cached * 2
+            if "late" not in self.named:
+                self.named["late"] = self.layer(x).tanh()
+            if not hasattr(self, "late"):
+                self.late = self.layer(x).exp()
+            self.history.append(self.cached)
+            return self.cached + self.named["late"] + self.late + len(self.history)
 
     model = Cached().double()
     params = fe.batchensemble_params(model, 3)
-    compiled = torch.compile(fe.make_forward(model), fullgraph=True)
+    forward = fe.make_forward(model, strategy=strategy)
+    compiled = torch.compile(forward, fullgraph=True)
     for _ in range(2):
         x = randn(4, 3)
         assert_same(compiled(params, x), loop(model, params, x))
+        assert_same(forward(params, x), loop(model, params, x))
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_inputs_written_in_place_are_left_alone(strategy: str) -> None:
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.mul_(2.0)
+            return self.layer(x)
+
+    model, x = Doubling().double(), randn(4, 3)
+    params = fe.batchensemble_params(model, 3)
+    before = snapshot(x)
+    want = loop(model, params, x.clone() * 2 / 2)
+    assert_same(fe.make_forward(model, strategy=strategy)(params, x)[0], want[0])
+    own = fe.make_forward(model, strategy=strategy, member_inputs=True)(params, x.expand(3, 4, 3))
+    assert_same(own, fe.make_forward(model, strategy=strategy)(params, x))
+    assert_untouched(before, x)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_a_model_that_writes_to_its_parameters_is_an_error(strategy: str) -> None:
+    class Clamping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.layer.weight.clamp_(-0.1, 0.1)
+            return self.layer(x)
+
+    model = Clamping()
+    with pytest.raises(ValueError, match=r"Clamping writes in place to its parameters \['layer.weight'\]"):
+        fe.make_forward(model, strategy=strategy)(fe.ensemble_params(model, 2), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("where", ["list", "partial", "closure"])
+def test_parameters_that_a_forward_cannot_replace_are_an_error(where: str) -> None:
+    class Hiding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            layer = self.layer
+            self.hidden = {
+                "list": {"deep": [layer.weight]},
+                "partial": partial(F.linear, weight=layer.weight),
+                "closure": lambda x: layer(x),
+            }[where]
+
+    with pytest.raises(
+        ValueError, match="model: Hiding '' keeps parameters or buffers of the model in its attribute 'hidden'"
+    ):
+        fe.make_forward(Hiding())
+
+
+def test_inference_mode_leaves_nothing_behind() -> None:
+    model, x = _Caching().double(), randn(4, 3)
+    forward, params = fe.make_forward(model), fe.batchensemble_params(model, 2)
+    with torch.inference_mode():
+        first = forward(params, x)
+    assert_same(gradients(forward, params, x), gradients(partial(loop, model), params, x))
+    assert_same(forward(params, x), first.clone())
+    assert forward.strategy == "vmap"
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(10))), torch.ones(2, 4)
+    forward = fe.make_forward(model)
+    each = [fe.ensemble_params(model, 2) for _ in range(4)]
+    want = [forward(params, x).detach() for params in each]
+
+    def call(i: int) -> bool:
+        return all(torch.equal(forward(each[i], x).detach(), want[i]) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(4)))
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "loop"])
@@ -456,6 +609,22 @@ def test_members_are_independent_and_in_order(case: Case, E: int, i: int) -> Non
             assert not stack[[j for j in range(E) if j != i]].any()
 
 
+def test_evaluating_between_compiled_steps_compiles_nothing_again() -> None:
+    model, x = _norm_net(nn.BatchNorm1d), randn(4, 2, 6)
+    forward, params, buffers = fe.make_forward(model), fe.batchensemble_params(model, 2), fe.ensemble_buffers(model, 2)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(forward, fullgraph=True, backend=counter)
+    for _ in range(3):
+        compiled(params, x, buffers=buffers)
+        model.eval()
+        forward(params, x, buffers=buffers)
+        model.train()
+    assert counter.frame_count == 1
+    model.eval()
+    assert_same(compiled(params, x, buffers=buffers), forward(params, x, buffers=buffers))
+    assert counter.frame_count == 2
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Bad input
 
@@ -477,6 +646,8 @@ def test_unknown_options(options: dict[str, Any], error: type[Exception], messag
 
 def _bad_params(change: str) -> Any:
     good = fe.batchensemble_params(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 3)
+    shared: Any
+    stacked: Any
     shared, stacked = dict(good.shared), dict(good.stacked)
     match change:
         case "a plain dict":
@@ -487,6 +658,10 @@ def _bad_params(change: str) -> Any:
             del shared["1.bias"]
         case "unexpected":
             shared["2.weight"] = torch.ones(2, 2)
+        case "no tensor":
+            shared["1.bias"] = 3.0
+        case "no dicts":
+            shared = None
         case "r without s":
             del stacked["0.weight_s"]
         case "twice":
@@ -507,6 +682,8 @@ def _bad_params(change: str) -> Any:
         ("nothing stacked", ValueError, "params: nothing is stacked"),
         ("missing", ValueError, r"params.*missing \['1.bias'\], unexpected \[\]"),
         ("unexpected", ValueError, r"params.*missing \[\], unexpected \['2.weight'\]"),
+        ("no tensor", TypeError, r"params: expected tensors, got \{'1.bias': 'float'\}"),
+        ("no dicts", TypeError, "params: expected EnsembleParams of two dicts, got NoneType and dict"),
         ("r without s", ValueError, r"params: r and s come in pairs.*0.weight_r"),
         ("twice", ValueError, r"params: both shared and stacked: \['0.bias'\]"),
         ("member axis", ValueError, r"params: wrong shape.*1.weight_r: expected \[3, 2\], got \[2, 2\]"),

@@ -10,7 +10,7 @@ import torch
 from cases import MODELS, Matrices, Tied, members, model_case
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_untouched, snapshot
+from oracle import assert_same, assert_untouched, loop, snapshot
 from torch import Tensor, nn
 
 import functorch_ens as fe
@@ -89,6 +89,15 @@ def test_the_generator_decides_alone(E: int, seed: int, double: bool) -> None:
     assert not torch.equal(two[0].stacked["0.weight"], two[1].stacked["0.weight"]), (
         "the global generator did not advance"
     )
+
+
+def test_a_default_device_changes_nothing() -> None:
+    model = _net()
+    want = fe.ensemble_params(model, 2, generator=_source()), fe.batchensemble_params(model, 2, generator=_source())
+    with torch.device("meta"):
+        got = fe.ensemble_params(model, 2, generator=_source()), fe.batchensemble_params(model, 2, generator=_source())
+    for mine, theirs in zip(got, want, strict=True):
+        assert all(torch.equal(tensor, _all(theirs)[name]) for name, tensor in _all(mine).items())
 
 
 def test_members_start_apart() -> None:
@@ -292,6 +301,10 @@ def test_tied_parameters_are_one_leaf() -> None:
     assert {"embed.weight_r", "embed.weight_s"} <= set(stacked) and "score.weight_r" not in stacked
     assert set(fe.batchensemble_params(model, 2, layers="score").stacked) == {"embed.weight_r", "embed.weight_s"}
     assert set(fe.ensemble_params(model, 2, stacked="score.weight").stacked) == {"embed.weight"}
+    layer = nn.Linear(2, 2)
+    twice = nn.ModuleDict({"first": layer, "second": layer})
+    assert set(fe.ensemble_params(twice, 2, stacked="second.*").stacked) == {"first.weight", "first.bias"}
+    assert set(fe.batchensemble_params(twice, 2, layers="second").stacked) == {"first.weight_r", "first.weight_s"}
 
 
 def test_frozen_parameters_stay_in_and_stay_frozen() -> None:
@@ -317,11 +330,30 @@ def test_integer_parameters_are_left_as_they_are() -> None:
     assert fe.make_forward(model)(be, x).shape == (2, 1, 3)
 
 
+class _Quantised(nn.Module):
+    """A linear layer, and after it a quantised weight: a parameter that no one trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+        weight = torch.quantize_per_tensor(torch.rand(4, 3), 0.1, 0, torch.qint8)
+        self.quantised = nn.Linear(3, 4, bias=False)
+        self.quantised.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) @ self.quantised.weight.dequantize().T
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
-def test_quantised_modules_have_no_parameters_to_touch() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.Module())
-    model[1].packed = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
-    assert set(fe.batchensemble_params(model, 2).stacked) == {"0.weight_r", "0.weight_s"}
+def test_quantised_weights_are_left_as_they_are() -> None:
+    model, x = _Quantised(), torch.ones(1, 2)
+    classic, fresh = fe.ensemble_params(model, 2, stacked="layer.*"), fe.ensemble_params(model, 2)
+    be = fe.batchensemble_params(model, 2)
+    assert set(be.stacked) == {"layer.weight_r", "layer.weight_s"}
+    for params in (classic, be):
+        assert torch.equal(params.shared["quantised.weight"], model.quantised.weight)
+        assert_same(fe.make_forward(model)(params, x), loop(model, params, x))
+    assert torch.equal(fresh.shared["quantised.weight"], model.quantised.weight)
 
 
 def test_buffers_are_stacked() -> None:
@@ -402,7 +434,13 @@ def test_bad_options_of_batchensemble_params(options: dict[str, Any], error: typ
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"reset": "yes"}, TypeError, "reset: expected True or False, got 'yes'"),
+        (
+            {"reset": "yes"},
+            TypeError,
+            "reset: expected True or False, or a function that makes a new module, got 'yes'",
+        ),
+        ({"reset": nn.Linear(3, 2)}, TypeError, "reset: expected True or False, or a function .* got Linear"),
+        ({"stacked": nn.Linear}, TypeError, "stacked: expected a name pattern, a list of patterns or a predicate"),
         ({"stacked": []}, ValueError, r"stacked: chooses no parameter of the model, got \[\]"),
         ({"stacked": ["0.*", "9"]}, ValueError, "stacked: pattern '9'"),
         ({"generator": 0}, TypeError, "generator: expected a torch.Generator or None, got 0"),

@@ -134,7 +134,7 @@ class _Vision(nn.Module):
         self.position = nn.Parameter(torch.zeros(1, 3, 4))
         self.layer_scale = nn.Parameter(torch.ones(4, 1))
         self.matrix = nn.Parameter(torch.ones(4, 4))
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm((3, 4)), nn.Linear(4, 1))
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm((3, 4)), nn.Linear(4, 1), nn.ReLU())
         self.counts = nn.Parameter(torch.ones(4, 4, dtype=torch.int64), requires_grad=False)
 
 
@@ -146,18 +146,39 @@ def _with_r_and_s(layers: Any) -> set[str]:
     return {name.removesuffix("_r") for name in stacked if name.endswith("_r")}
 
 
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (nn.Linear(3, 2), torch.ones(7, 1)),
+        (nn.Conv2d(3, 2, 3), torch.ones(7, 1, 8, 8)),
+        (nn.ConvTranspose1d(3, 2, 3), torch.ones(7, 1, 8)),
+        (nn.Linear(3, 2), torch.ones(7, 3, dtype=torch.int64)),
+        (nn.Linear(3, 2), torch.ones(7, 3, dtype=torch.bfloat16)),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_an_input_that_the_layer_refuses_is_refused(model: nn.Module, x: Tensor, strategy: str) -> None:
+    """`x * s` would broadcast a single feature to all, and promote a dtype."""
+    refusal = "cannot be multiplied|same dtype|expected input.* to have 3 channels"
+    with pytest.raises(RuntimeError, match=refusal):
+        model(x)
+    with pytest.raises(RuntimeError, match=refusal):
+        fe.make_forward(model, strategy=strategy)(fe.batchensemble_params(model, 4), x)
+
+
 def test_which_weights_get_r_and_s() -> None:
     both = {"body.0.weight", "body.2.weight"}
     assert _with_r_and_s(None) == both | {"matrix"}
     assert _with_r_and_s("body.*") == both
     assert _with_r_and_s("body.0") == {"body.0.weight"}
     assert _with_r_and_s(["body.2", "position"]) == {"body.2.weight", "position"}
+    assert _with_r_and_s("body.1") == {"body.1.weight"}
     assert _with_r_and_s("*.weight") == both | {"body.1.weight"}
     assert _with_r_and_s(lambda name, module: isinstance(module, nn.Linear) and name == "body.0") == {"body.0.weight"}
     assert _with_r_and_s(lambda name, module: True) == both | {"matrix"}
 
 
-@pytest.mark.parametrize("layers", ["body", "bodi.*", ["body.0", "body.1"], "body.0.bias", "counts"])
+@pytest.mark.parametrize("layers", ["body", "bodi.*", ["body.0", "body.3"], "body.0.bias", "counts"])
 def test_a_pattern_without_effect_is_an_error(layers: Any) -> None:
     named = layers if isinstance(layers, str) else layers[-1]
     with pytest.raises(ValueError, match=f"layers: pattern '{named.replace('*', '[*]')}'"):
@@ -197,6 +218,22 @@ def test_a_user_layer_can_have_a_rule_and_a_layout() -> None:
     assert_same(fe.make_forward(model)(params, x), want)
     assert calls
     assert_same(fe.member_params(model, params, 1)["weight"], model.weight * s[1][:, None] * r[1])
+
+
+def test_a_user_layer_with_a_rule_or_a_layout_has_r_and_s_by_default() -> None:
+    class Kernel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 1, 3))
+            self.kernel = nn.Parameter(torch.randn(2, 1, 3))
+
+    assert_none = pytest.raises(ValueError, match="nothing in Kernel would get r and s")
+    with assert_none:
+        fe.batchensemble_params(Kernel(), 2)
+    fe.rank1_layout(Kernel, layout=lambda layer: fe.Layout())
+    assert set(fe.batchensemble_params(Kernel(), 2).stacked) == {"weight_r", "weight_s"}
+    fe.rank1_rule(Kernel)(lambda layer, x, *, kernel: x)
+    assert set(fe.batchensemble_params(Kernel(), 2).stacked) == {"weight_r", "weight_s", "kernel_r", "kernel_s"}
 
 
 def test_a_subclass_with_its_own_forward_is_not_served_by_its_parents_rule() -> None:
