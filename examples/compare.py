@@ -8,18 +8,22 @@ python examples/compare.py --data folder --data-dir DIR --model resnet18
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryFile
+from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from data import Data, DataUnavailable, Split, load, normalise, with_channels
 from einops import rearrange, reduce, repeat
-from models import make_model
+from models import UnknownModel, make_model
 from report import draw, table, write_json
 from torch import Tensor, nn
 from torch.func import grad_and_value
@@ -55,6 +59,23 @@ def make_gradients(forward: fe.Forward) -> Gradients:
     return gradients
 
 
+class Unusable(Exception):
+    """What was asked for cannot be done; the message says why, and what can."""
+
+
+def compiled(gradients: Gradients, *example: Any) -> tuple[Gradients, float]:
+    """`gradients` compiled, and the seconds that took; as it is, with a word on stderr, where no compiler works."""
+    start = time.perf_counter()
+    try:
+        fast = torch.compile(gradients)
+        fast(*example)  # a pure function: calling it changes nothing
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        print(f"torch.compile does not work here, so this runs without it: {reason}", file=sys.stderr)
+        return gradients, 0.0
+    return fast, time.perf_counter() - start
+
+
 @dataclass
 class Trained:
     """What training leaves behind."""
@@ -78,47 +99,51 @@ def train(
     steps = len(split.labels) // size
     compile_seconds, seconds = 0.0, []
 
-    with torch.no_grad():  # torch.func takes the gradients; autograd has nothing to record around it
-        gradients(
-            params, buffers, split.images[:size], split.labels[:size]
-        )  # once as it is: any error is clearest here
+    # torch.func takes the gradients; autograd has nothing to record around it.
+    with torch.no_grad(), tqdm(total=args.epochs * steps, desc=name, unit="step", disable=None) as bar:
+        first = split.images[:size], split.labels[:size]
+        try:
+            gradients(params, buffers, *first)  # once as it is: here any error is the model's own
+        except (RuntimeError, ValueError, AssertionError) as error:
+            shape = list(split.images.shape[1:])
+            raise Unusable(f"{args.model} cannot be trained on images of {shape}; try --image-size. {error}") from error
         if args.compile:
-            gradients = torch.compile(gradients)
+            bar.set_description(f"{name}: compiling")
+            gradients, compile_seconds = compiled(gradients, params, buffers, *first)
+            bar.set_description(name)
+        for _ in range(args.epochs):
             start = time.perf_counter()
-            gradients(params, buffers, split.images[:size], split.labels[:size])  # pure, so a call costs only time
-            compile_seconds = time.perf_counter() - start
-
-        with tqdm(total=args.epochs * steps, desc=name, unit="step", disable=None) as bar:
-            for _ in range(args.epochs):
-                start = time.perf_counter()
-                total = torch.zeros(params.E, device=split.labels.device)
-                order = torch.randperm(len(split.labels), generator=shuffle).to(split.labels.device)
-                for batch in order[: steps * size].split(size):
-                    grads, losses, buffers = gradients(params, buffers, split.images[batch], split.labels[batch])
-                    for leaf, grad in zip(tree_leaves(params), tree_leaves(grads), strict=True):
-                        leaf.grad = grad
-                    optimizer.step()
-                    total += losses
-                    bar.update()
-                bar.set_postfix(loss=f"{(total / steps).mean():.4f}")  # reading it waits for the device
-                seconds.append(time.perf_counter() - start)
+            total = torch.zeros(params.E, device=split.labels.device)
+            order = torch.randperm(len(split.labels), generator=shuffle).to(split.labels.device)
+            for batch in order[: steps * size].split(size):
+                grads, losses, buffers = gradients(params, buffers, split.images[batch], split.labels[batch])
+                for leaf, grad in zip(tree_leaves(params), tree_leaves(grads), strict=True):
+                    leaf.grad = grad
+                optimizer.step()
+                total += losses
+                bar.update()
+            bar.set_postfix(loss=f"{(total / steps).mean():.4f}")  # reading it waits for the device
+            seconds.append(time.perf_counter() - start)
     return Trained(params, buffers, compile_seconds, median(seconds))
 
 
-def evaluate(model: nn.Module, forward: fe.Forward, trained: Trained, split: Split) -> dict[str, float | list[float]]:
+def evaluate(
+    model: nn.Module, forward: fe.Forward, trained: Trained, split: Split, batch: int
+) -> dict[str, float | list[float]]:
     """Accuracy, negative log-likelihood and disagreement on `split`, and the seconds that its forward passes took."""
     model.eval()
     with torch.no_grad():
         forward(trained.params, normalise(split.images[:1]), buffers=trained.buffers)
         start = time.perf_counter()
         logits = torch.cat(
-            [forward(trained.params, normalise(x), buffers=trained.buffers)[0] for x in split.images.split(1000)], dim=1
+            [forward(trained.params, normalise(x), buffers=trained.buffers)[0] for x in split.images.split(batch)],
+            dim=1,
         )
         log_probs = logits.double().log_softmax(-1).cpu()  # [E, N, C]
         seconds = time.perf_counter() - start
     labels = split.labels.cpu()
     E = len(log_probs)
-    ensemble = reduce(log_probs.exp(), "e n c -> n c", "mean").log()
+    ensemble = log_probs.logsumexp(0) - math.log(E)  # the log of the mean probability
     votes = log_probs.argmax(-1)  # [E, N]
     differ = rearrange(votes, "e n -> e 1 n") != rearrange(votes, "e n -> 1 e n")
     return {
@@ -153,7 +178,7 @@ def compare(data: Data, args: argparse.Namespace) -> dict[str, dict[str, float |
         trained = train(name, model, forward, params, data.train, args)
         results[name] = {
             "members": params.E,
-            **evaluate(model, forward, trained, data.test),
+            **evaluate(model, forward, trained, data.test, batch=8 * args.batch_size),
             "parameters": sum(leaf.numel() for leaf in tree_leaves(params)),
             "bytes": sum(leaf.nbytes for leaf in tree_leaves((params, trained.buffers))),
             "epoch_seconds": trained.epoch_seconds,
@@ -163,15 +188,32 @@ def compare(data: Data, args: argparse.Namespace) -> dict[str, dict[str, float |
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    def positive(kind: type) -> Callable[[str], float]:
+    def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
         def read(text: str) -> float:
             value = kind(text)
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
             return value
 
-        read.__name__ = kind.__name__
+        read.__name__ = "number"  # argparse's name for it in "invalid number value"
         return read
+
+    def device(text: str) -> torch.device:
+        try:
+            return torch.empty(0, device=text).device
+        except (RuntimeError, AssertionError) as error:
+            raise argparse.ArgumentTypeError(str(error).partition("\n")[0]) from error
+
+    def writable(text: str) -> Path:
+        path = Path(text)
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"expected a file, {text} is a folder")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{text} cannot be written: {error}") from error
+        return path
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -184,12 +226,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=positive(int), default=32, metavar="B", help="images a step (default: %(default)s)")
     add("--lr", type=positive(float), default=1e-3, help="Adam's learning rate (default: %(default)s)")
     add("--init", choices=["normal", "random_sign", "ones"], default="normal", help="of r and s (default: %(default)s)")
-    add("--device", type=torch.device, help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    add("--device", type=device, help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     add("--no-compile", dest="compile", action="store_false", help="do not use torch.compile")
     add("--seed", type=int, default=0, help="of the parameters and the order of the data (default: %(default)s)")
-    add("--out", type=Path, metavar="FILE", help="write the results to FILE as JSON")
-    add("--png", type=Path, default=Path("compare.png"), metavar="FILE", help="the plot (default: %(default)s)")
+    add("--out", type=writable, metavar="FILE", help="write the results to FILE as JSON")
+    add("--png", type=writable, default="compare.png", metavar="FILE", help="the plot (default: %(default)s)")
     args = parser.parse_args(argv)
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"argument --seed: expected 0 <= seed < 2**63, got {args.seed}")
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
@@ -201,22 +245,23 @@ def main(argv: list[str] | None = None) -> None:
         if args.model not in ("mlp", "cnn"):
             data = with_channels(data, 3)
         results = compare(data, args)
-    except (DataUnavailable, ValueError) as error:
+    except (DataUnavailable, UnknownModel, Unusable) as error:
         sys.exit(f"compare.py: {error}")
-    print(
+    except KeyboardInterrupt:
+        sys.exit(130)
+    title = (
         f"{args.data}, {args.model}: {len(data.train.labels)} training and {len(data.test.labels)} test images of "
         f"{list(data.train.images.shape[1:])}, E={args.members}, {args.epochs} epochs, batch {args.batch_size}, "
-        f"Adam {args.lr:g}, r and s {args.init}; torch {torch.__version__} on {args.device}\n"
+        f"Adam {args.lr:g}, r and s {args.init}; torch {torch.__version__} on {args.device}"
     )
-    print(table(results))
-    draw(results, args.png)
-    print(f"\nplot: {args.png}")
+    print(f"{title}\n\n{table(results)}")
     if args.out is not None:
-        settings = {
-            name: value if isinstance(value, int | float | bool) else str(value) for name, value in vars(args).items()
-        }
+        plain = (int, float, bool, type(None))
+        settings = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
         write_json({"settings": settings, "torch": torch.__version__, "results": results}, args.out)
-        print(f"results: {args.out}")
+        print(f"\nresults: {args.out}")
+    draw(results, title, args.png)
+    print(f"\nplot: {args.png}")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def _decoded(folder: Any, name: str, image_size: int | None) -> Split:
     from torchvision.transforms.functional import pil_to_tensor
 
     images, labels = [], []
+    # ImageFolder opens every image as RGB, grey ones too.
     for image, label in tqdm(folder, desc=f"decoding {name}", disable=None, leave=False):
         images.append(_resized(pil_to_tensor(image)[None], image_size)[0])
         labels.append(label)

@@ -7,11 +7,15 @@ from math import prod
 from torch import nn
 
 
+class UnknownModel(Exception):
+    """There is no model of this name; the message says what there is."""
+
+
 def make_model(name: str, image_shape: tuple[int, ...], classes: int) -> nn.Module:
     """`"mlp"`, `"cnn"`, or a classification model of torchvision by its name, for images of `image_shape` `[C, H, W]`.
 
     Raises:
-        ValueError: torchvision has no classification model of this name.
+        UnknownModel: torchvision has no classification model of this name.
     """
     if name == "mlp":
         return mlp(prod(image_shape), classes)
@@ -20,7 +24,7 @@ def make_model(name: str, image_shape: tuple[int, ...], classes: int) -> nn.Modu
     from torchvision import models
 
     if name not in models.list_models(module=models):
-        raise ValueError(
+        raise UnknownModel(
             f"--model: expected mlp, cnn or a torchvision classification model such as resnet18, got {name}"
         )
     # These two have heads for training only, which would make their output a tuple.

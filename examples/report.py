@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,11 +16,15 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+
+
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "member acc": lambda r: f"{_mean(r['member_accuracy']):.4f}",
     "ensemble acc": lambda r: f"{r['ensemble_accuracy']:.4f}",
-    "member NLL": lambda r: f"{_mean(r['member_nll']):.4f}",
-    "ensemble NLL": lambda r: f"{r['ensemble_nll']:.4f}",
+    "member NLL": lambda r: _number(_mean(r["member_nll"])),
+    "ensemble NLL": lambda r: _number(r["ensemble_nll"]),
     "disagree": lambda r: f"{r['disagreement']:.4f}" if r["members"] > 1 else "-",
     "parameters": lambda r: f"{r['parameters']:,}",
     "MB": lambda r: f"{r['bytes'] / 1e6:.2f}",
@@ -45,7 +50,7 @@ def table(results: Results) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def draw(results: Results, path: Path) -> None:
+def draw(results: Results, title: str, path: Path) -> None:
     """The results as a PNG: what is gained on the left, what it costs on the right."""
     import matplotlib
 
@@ -54,7 +59,8 @@ def draw(results: Results, path: Path) -> None:
 
     names = list(results)
     colours = [f"C{i}" for i in range(len(names))]
-    figure, axes = plt.subplots(1, 5, figsize=(16, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 5, figsize=(16, 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=9)
 
     for axis, key, title in ((axes[0], "accuracy", "test accuracy"), (axes[1], "nll", "test NLL")):
         for x, (name, colour) in enumerate(zip(names, colours, strict=True)):
@@ -86,8 +92,17 @@ def draw(results: Results, path: Path) -> None:
 
 
 def write_json(results: Mapping[str, Any], path: Path) -> None:
-    """`results` as JSON."""
-    _write_whole(path, lambda part: part.write_text(json.dumps(results, indent=2) + "\n"))
+    """`results` as JSON, in which a number that is not finite is null."""
+    text = json.dumps(_finite(results), indent=2, allow_nan=False)
+    _write_whole(path, lambda part: part.write_text(text + "\n"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:

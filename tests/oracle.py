@@ -7,6 +7,8 @@ output channel o is scaled by r[o], input channel i by s[i].
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,8 +20,14 @@ from torch.utils import _pytree as pytree
 
 import functorch_ens as fe
 
-# Relative to the largest value of a tensor. bfloat16 rounds every operation to 8 bits (4e-3), a few of which add up.
+# Relative to the largest value of a result. bfloat16 rounds every operation to 8 bits (4e-3), a few of which add up.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def compile_whole(function: Any) -> Any:
+    """`function` compiled without a graph break; where there is no C++ compiler, by the backend that needs none."""
+    found = any(shutil.which(compiler) for compiler in (os.environ.get("CXX", ""), "g++", "clang++"))
+    return torch.compile(function, fullgraph=True, backend="inductor" if found else "aot_eager")
 
 
 def materialise(module: nn.Module, weight: Tensor, r: Tensor, s: Tensor) -> Tensor:
@@ -79,7 +87,7 @@ def gradients(call: Callable[..., Any], params: fe.EnsembleParams, *args: Any, *
     output = call(params, *args, **kwargs)
     leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     source = torch.Generator().manual_seed(1)
-    total = sum((leaf * torch.randn(leaf.shape, generator=source).to(leaf)).sum() for leaf in leaves)
+    total = sum((leaf.double() * torch.randn(leaf.shape, generator=source)).sum() for leaf in leaves)
     named = {**params.shared, **params.stacked}
     assert isinstance(total, Tensor)
     trained = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
@@ -88,16 +96,18 @@ def gradients(call: Callable[..., Any], params: fe.EnsembleParams, *args: Any, *
 
 
 def assert_same(got: Any, want: Any, tolerance: float | None = None) -> None:
-    """Equal pytrees, within `tolerance` (or the dtype's) of the largest value of each leaf, and of one form."""
+    """Equal pytrees, within `tolerance` (or the dtype's) of the largest value in them, and of one form."""
     got_leaves, got_spec = pytree.tree_flatten(got)
     want_leaves, want_spec = pytree.tree_flatten(want)
     assert got_spec == want_spec
+    numbers = [leaf.detach().abs().max().item() for leaf in want_leaves if isinstance(leaf, Tensor) and leaf.numel()]
+    scale = max([1e-30, *numbers])
     for mine, theirs in zip(got_leaves, want_leaves, strict=True):
         if not isinstance(theirs, Tensor):
             assert repr(mine) == repr(theirs)  # a NaN is not equal to itself
             continue
         allowed = tolerance if tolerance is not None else TOLERANCE.get(theirs.dtype, 0.0)
-        scale = max(1.0, theirs.abs().max().item()) if theirs.numel() else 1.0
+        # Of the largest value of the whole result: a leaf of zeros is a sum that cancels.
         torch.testing.assert_close(mine, theirs, rtol=0, atol=allowed * scale)
 
 

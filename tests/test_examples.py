@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,50 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
         compare.main(["--data", "cifar10", "--data-dir", str(tmp_path)])
 
 
-@pytest.mark.parametrize("option", [["--members", "0"], ["--lr", "-1"], ["--epochs", "many"], ["--init", "zeros"]])
+def test_a_model_that_cannot_take_the_images_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"alexnet cannot be trained on images of \[3, 8, 8\]; try --image-size"):
+        compare.main(["--model", "alexnet"])
+
+
+def test_without_a_compiler_it_runs_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    monkeypatch.setattr(compare, "compare", partial(_first_kind, compare.compare))
+    compare.main(["--epochs", "1", "--png", str(tmp_path / "plot.png")])
+    assert "torch.compile does not work here, so this runs without it" in capsys.readouterr().err
+
+
+def _first_kind(own: Any, data: Any, args: Any) -> Any:
+    small = data._replace(train=type(data.train)(data.train.images[:64], data.train.labels[:64]))
+    return own(small, args)
+
+
+def test_diverged_results_are_still_valid_json_and_a_plot(tmp_path: Path) -> None:
+    report = _run(tmp_path, "--epochs", "1", "--members", "2", "--no-compile", "--lr", "1e30")
+    assert (
+        report["results"]["single network"]["ensemble_nll"] is None
+        or report["results"]["single network"]["ensemble_nll"] > 100
+    )
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--members", "0"],
+        ["--lr", "-1"],
+        ["--lr", "inf"],
+        ["--epochs", "many"],
+        ["--init", "zeros"],
+        ["--device", "nonsense"],
+        ["--seed", "99999999999999999999"],
+        ["--png", "."],
+        ["--out", "/proc/results.json"],
+    ],
+)
 def test_bad_options_are_refused(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         compare.main(option)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from cases import MODELS, Case, Residual, fast_layers, members, model_case, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_same, assert_untouched, gradients, loop, snapshot
+from oracle import assert_same, assert_untouched, compile_whole, gradients, loop, snapshot
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value
 
@@ -374,7 +374,7 @@ def test_caches_do_not_leak_from_compiled_calls(strategy: str) -> None:
     model = Cached().double()
     params = fe.batchensemble_params(model, 3)
     forward = fe.make_forward(model, strategy=strategy)
-    compiled = torch.compile(forward, fullgraph=True)
+    compiled = compile_whole(forward)
     for _ in range(2):
         x = randn(4, 3)
         assert_same(compiled(params, x), loop(model, params, x))
@@ -561,10 +561,10 @@ def test_compiles_whole_with_gradient_and_buffers(kind: str, strategy: str) -> N
         return torch.stack([F.cross_entropy(member, y) for member in logits]).sum(), new
 
     step = grad_and_value(loss, has_aux=True)
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = compile_whole(step)
     assert_same(compiled(params), step(params))
     model.eval()
-    assert_same(torch.compile(forward, fullgraph=True)(params, x), forward(params, x))
+    assert_same(compile_whole(forward)(params, x), forward(params, x))
 
 
 @settings(max_examples=5)  # a compilation each
@@ -572,7 +572,7 @@ def test_compiles_whole_with_gradient_and_buffers(kind: str, strategy: str) -> N
 def test_any_fast_rule_compiles(case: Case, E: int) -> None:
     torch.compiler.reset()
     params = fe.batchensemble_params(case.model, E)
-    compiled = torch.compile(fe.make_forward(case.model), fullgraph=True)
+    compiled = compile_whole(fe.make_forward(case.model))
     assert_same(compiled(params, *case.args), loop(case.model, params, *case.args))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cases import MODELS, Case, Matrices, fast_layers, members, model_case, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_same, gradients, loop, materialise
+from oracle import TOLERANCE, assert_same, gradients, loop, materialise
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -51,10 +51,17 @@ def test_fast_rules_equal_the_oracle_and_the_fallback(case: Case, E: int, init: 
 def test_fast_rules_in_bfloat16_are_near_the_float64_oracle(case: Case, E: int) -> None:
     case = case.to(torch.bfloat16)
     params = fe.batchensemble_params(case.model, E)
-    got = fe.make_forward(case.model)(params, *case.args)
-    assert got.dtype == torch.bfloat16
-    exact = case.to(torch.float64)
-    assert_same(got.double(), loop(exact.model, tree_map(Tensor.double, params), *exact.args), tolerance=5e-2)
+    for strategy in ("vmap", "loop"):
+        forward = fe.make_forward(case.model.to(torch.bfloat16), strategy=strategy)
+        args = case.to(torch.bfloat16).args
+        got, slopes = forward(params, *args), gradients(forward, params, *args)
+        assert got.dtype == torch.bfloat16 and all(slope.dtype == torch.bfloat16 for slope in slopes.values())
+        exact = Case(case.model, args).to(torch.float64)
+        twin = tree_map(lambda leaf: leaf.detach().double().requires_grad_(), params)
+        tolerance = TOLERANCE[torch.bfloat16]
+        assert_same(got.double(), loop(exact.model, twin, *exact.args), tolerance)
+        want = gradients(partial(loop, exact.model), twin, *exact.args)
+        assert_same({name: slope.double() for name, slope in slopes.items()}, want, tolerance)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -234,6 +241,31 @@ def test_a_user_layer_with_a_rule_or_a_layout_has_r_and_s_by_default() -> None:
     assert set(fe.batchensemble_params(Kernel(), 2).stacked) == {"weight_r", "weight_s"}
     fe.rank1_rule(Kernel)(lambda layer, x, *, kernel: x)
     assert set(fe.batchensemble_params(Kernel(), 2).stacked) == {"weight_r", "weight_s", "kernel_r", "kernel_s"}
+
+
+@pytest.mark.parametrize("kind", ["classic", "batchensemble"])
+def test_layers_can_be_called_by_keyword(kind: str) -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5, 4, max_norm=1.0)
+            self.bag = nn.EmbeddingBag(5, 4, max_norm=1.0)
+            self.words = nn.Embedding(5, 4)
+            self.linear = nn.Linear(4, 4)
+            self.conv = nn.Conv1d(2, 3, 1)
+            self.up = nn.ConvTranspose1d(3, 2, 1)
+            self.norm = nn.BatchNorm1d(2, momentum=None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(input=x) + self.words(input=x) + self.bag(input=x)[:, None]
+            h = self.up(input=self.conv(input=self.linear(input=h)), output_size=[4])
+            return self.norm(input=h)
+
+    model, x = ByKeyword().double().eval(), torch.tensor([[0, 1], [3, 4]])
+    make = fe.ensemble_params if kind == "classic" else fe.batchensemble_params
+    params = make(model, 3)
+    for strategy in ("vmap", "loop"):
+        assert_same(fe.make_forward(model, strategy=strategy)(params, x), loop(model, params, x))
 
 
 def test_a_subclass_with_its_own_forward_is_not_served_by_its_parents_rule() -> None:

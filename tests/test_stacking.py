@@ -144,7 +144,7 @@ def _frozen(model: nn.Linear) -> nn.Linear:
             r"member 1: weight: shape \[2, 3\], member 0 has \[2, 2\].*member 2: weight: dtype torch.float64",
         ),
         ([nn.Linear(2, 2), _frozen(nn.Linear(2, 2))], ValueError, "member 1: weight: requires_grad False"),
-        ([nn.BatchNorm1d(2).state_dict()], ValueError, r"holds? .*buffers|buffers \(as \['running_mean'"),
+        ([nn.BatchNorm1d(2).state_dict()], ValueError, r"model: got None.*buffers \(as \['running_mean'"),
     ],
 )
 def test_members_that_do_not_go_together(members: Any, error: type[Exception], message: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import randn
-from oracle import assert_same, materialise
+from oracle import assert_same, compile_whole, materialise
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.utils._pytree import tree_leaves
@@ -52,7 +52,7 @@ def _train(
 
     step = grad_and_value(loss, has_aux=True)
     if compiled:
-        step = torch.compile(step, fullgraph=True)
+        step = compile_whole(step)
     with torch.no_grad():
         for x, y in _batches(20):
             grads, (_, (each, buffers)) = step(params, buffers, x, y)
