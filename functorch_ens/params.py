@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from functorch_ens.checks import check_bool, check_generator, check_number, check_option, check_positive_int
 from functorch_ens.initialise import cpu_generator, fresh_members
-from functorch_ens.rank1 import choose_rank1, rank1_layouts, rank1_names
-from functorch_ens.select import Selector, select
+from functorch_ens.rank1 import rank1_layouts, rank1_names
+from functorch_ens.select import Selector, choose_parameters, choose_rank1
 from functorch_ens.structure import Site, is_numeric, parameter_sites
 
 
@@ -80,7 +80,7 @@ def ensemble_params(
     if stacked is None:  # a quantised weight cannot be stacked, nor would its members ever differ
         owned = [name for name, parameter in own.items() if not parameter.is_quantized]
     else:
-        owned = _choose_parameters(stacked, model)
+        owned = choose_parameters(stacked, model)
     if not owned:
         raise ValueError(f"stacked: chooses no parameter of the model, got {stacked!r}")
     shared = {name: own[name].detach().clone() for name in own if name not in owned}
@@ -156,7 +156,7 @@ def batchensemble_params(
     r_std, s_std = check_number(r_std, "r_std", minimum=0), check_number(s_std, "s_std", minimum=0)
 
     own = dict(model.named_parameters())
-    owned = [] if stacked is None else _choose_parameters(stacked, model)
+    owned = [] if stacked is None else choose_parameters(stacked, model)
     chosen = choose_rank1(model, sites, layers) - set(owned)
     weights = [name for name in own if name in chosen]
     if not weights and not owned:
@@ -201,14 +201,6 @@ def ensemble_buffers(model: nn.Module, E: int) -> dict[str, Tensor]:
     E = check_positive_int(E, "E")
     buffers = dict(model.named_buffers())
     return _repeated(buffers, buffers, E)
-
-
-def _choose_parameters(selector: Selector, model: nn.Module) -> list[str]:
-    """The parameters that `stacked` chooses, in the model's order; patterns also match the other names of tied ones."""
-    own = dict(model.named_parameters())
-    names = own if callable(selector) else dict(model.named_parameters(remove_duplicate=False))
-    found = {id(names[name]) for name in select(selector, names, "stacked")}
-    return [name for name, parameter in own.items() if id(parameter) in found]
 
 
 def _biases(sites: Mapping[str, list[Site]], weights: Sequence[str]) -> list[str]:

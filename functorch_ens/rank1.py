@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from functorch_ens.select import Selector, as_patterns, matches
 from functorch_ens.structure import Site, is_numeric
 
 
@@ -59,6 +57,11 @@ class Rank1(NamedTuple):
 def rank1_names(name: str) -> tuple[str, str]:
     """The names of the `r` and the `s` of the weight called `name`."""
     return f"{name}_r", f"{name}_s"
+
+
+def can_be_rank1(parameter: Tensor) -> bool:
+    """Whether `parameter` has the two axes that `r` and `s` run over, and values to scale."""
+    return parameter.ndim >= 2 and is_numeric(parameter)
 
 
 def rank1_layouts(sites: Mapping[str, list[Site]]) -> dict[str, Layout]:
@@ -131,6 +134,11 @@ def _check_layer_types(layer_types: tuple[Any, ...]) -> None:
     for layer_type in layer_types:
         if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
             raise TypeError(f"layer_types: expected subclasses of torch.nn.Module, got {layer_type!r}")
+
+
+def has_layout(layer: nn.Module) -> bool:
+    """Whether the class of `layer`, or one above it, is in the registry of layouts."""
+    return isinstance(layer, tuple(_layouts))
 
 
 def layout_of(layer: nn.Module) -> Layout:
@@ -211,9 +219,8 @@ def _embedding(layer: nn.Embedding, input: Tensor, *, weight: Rank1) -> Tensor:
     rows = F.embedding(input, weight.weight, layer.padding_idx)
     s = F.embedding(input, rearrange(weight.s, "v -> v 1"), layer.padding_idx)
     r = weight.r
-    if (
-        layer.padding_idx is not None
-    ):  # padding teaches nothing: F.embedding stops the gradient of W and s, this that of r
+    if layer.padding_idx is not None:
+        # Padding teaches nothing: F.embedding stops the gradient of W and s there, and this that of r.
         r = torch.where(rearrange(input == layer.padding_idx, "... -> ... 1"), r.detach(), r)
     return rows * s * r
 
@@ -222,74 +229,3 @@ rank1_layout(nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCe
 rank1_layout(nn.Embedding, nn.EmbeddingBag, layout=lambda layer: Layout(transposed=True))
 rank1_layout(_ConvNd, layout=lambda layer: Layout(layer.groups))
 rank1_layout(_ConvTransposeNd, layout=lambda layer: Layout(layer.groups, transposed=True))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Which weights get `r` and `s`.
-
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-
-
-def can_be_rank1(parameter: Tensor) -> bool:
-    """Whether `parameter` has the two axes that `r` and `s` run over, and values to scale."""
-    return parameter.ndim >= 2 and is_numeric(parameter)
-
-
-def is_rank1_by_default(site: Site) -> bool:
-    """Whether the parameter at `site` is a weight that gets `r` and `s` without being named."""
-    parameter = site.parameter
-    if not can_be_rank1(parameter) or isinstance(site.module, _NORMS):
-        return False
-    if isinstance(site.module, tuple(_layouts)) and "weight" in site.leaf:
-        return True
-    found = rule_of(site.module)
-    if found is not None and site.leaf in found[1]:
-        return True
-    return parameter.ndim == 2 and min(parameter.shape) > 1
-
-
-def choose_rank1(model: nn.Module, sites: Mapping[str, list[Site]], layers: Selector | None) -> set[str]:
-    """The names of the parameters that get `r` and `s`: the default ones, or those that `layers` chooses among them.
-
-    A pattern is read as module names, and chooses the weights of those modules that have `r` and `s` by default. Where
-    they have none of these, or no module is called so, it chooses any parameters of two or more dimensions: those that
-    the modules own themselves, or whose name it is (a position embedding, say).
-
-    Raises:
-        TypeError: `layers` is not a pattern, a list of patterns or a predicate.
-        ValueError: a pattern chooses nothing that can have `r` and `s`.
-    """
-    owned: dict[nn.Module, set[str]] = {}  # a module to the names of the weights in it that get r and s by default
-    for name, places in sites.items():
-        for site in places:
-            if is_rank1_by_default(site):
-                owned.setdefault(site.module, set()).add(name)
-    if layers is None:
-        return set().union(*owned.values())
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if callable(layers) and not isinstance(layers, type):
-        return set().union(*(owned.get(module, ()) for name, module in model.named_modules() if layers(name, module)))
-
-    parameters = {site.name: name for name, places in sites.items() for site in places if can_be_rank1(site.parameter)}
-    chosen: set[str] = set()
-    for pattern in as_patterns(layers, "layers"):
-        named = matches(pattern, modules)
-        found = set().union(*(owned.get(modules[name], ()) for name in named))
-        if not found:
-            inside = {
-                f"{name}.{leaf}" if name else leaf
-                for name in named
-                for leaf in modules[name]._parameters
-                if "bias" not in leaf
-            }
-            found = {
-                parameters[name] for name in (inside & parameters.keys() if named else matches(pattern, parameters))
-            }
-        if not found:
-            raise ValueError(
-                f"layers: pattern {pattern!r} chooses no weight that can have r and s; a pattern must match the layers "
-                "themselves ('net.*' for what is inside net). The weights that have them by default: "
-                f"{sorted(set().union(*owned.values()))}"
-            )
-        chosen |= found
-    return chosen
