@@ -95,13 +95,13 @@ def gradients(call: Callable[..., Any], params: fe.EnsembleParams, *args: Any, *
     return dict(zip(trained, found, strict=True))
 
 
-def assert_same(got: Any, want: Any, tolerance: float | None = None) -> None:
-    """Equal pytrees, within `tolerance` (or the dtype's) of the largest value in them, and of one form."""
+def assert_same(got: Any, want: Any, tolerance: float | None = None, floor: float = 1e-30) -> None:
+    """Equal pytrees, within `tolerance` (or the dtype's) of the largest value in them, or `floor`, and of one form."""
     got_leaves, got_spec = pytree.tree_flatten(got)
     want_leaves, want_spec = pytree.tree_flatten(want)
     assert got_spec == want_spec
     numbers = [leaf.detach().abs().max().item() for leaf in want_leaves if isinstance(leaf, Tensor) and leaf.numel()]
-    scale = max([1e-30, *numbers])
+    scale = max([floor, *numbers])
     for mine, theirs in zip(got_leaves, want_leaves, strict=True):
         if not isinstance(theirs, Tensor):
             assert repr(mine) == repr(theirs)  # a NaN is not equal to itself

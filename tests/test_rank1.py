@@ -47,21 +47,21 @@ def test_fast_rules_equal_the_oracle_and_the_fallback(case: Case, E: int, init: 
     check(fe.make_forward(case.model, strategy="loop"))
 
 
-@given(case=fast_layers, E=members)
-def test_fast_rules_in_bfloat16_are_near_the_float64_oracle(case: Case, E: int) -> None:
-    case = case.to(torch.bfloat16)
-    params = fe.batchensemble_params(case.model, E)
-    for strategy in ("vmap", "loop"):
-        forward = fe.make_forward(case.model.to(torch.bfloat16), strategy=strategy)
-        args = case.to(torch.bfloat16).args
-        got, slopes = forward(params, *args), gradients(forward, params, *args)
-        assert got.dtype == torch.bfloat16 and all(slope.dtype == torch.bfloat16 for slope in slopes.values())
-        exact = Case(case.model, args).to(torch.float64)
-        twin = tree_map(lambda leaf: leaf.detach().double().requires_grad_(), params)
-        tolerance = TOLERANCE[torch.bfloat16]
-        assert_same(got.double(), loop(exact.model, twin, *exact.args), tolerance)
-        want = gradients(partial(loop, exact.model), twin, *exact.args)
-        assert_same({name: slope.double() for name, slope in slopes.items()}, want, tolerance)
+@given(case=fast_layers, E=members, strategy=st.sampled_from(["vmap", "loop"]))
+def test_fast_rules_in_bfloat16_are_near_the_float64_oracle(case: Case, E: int, strategy: str) -> None:
+    rounded = case.to(torch.bfloat16)
+    params = fe.batchensemble_params(rounded.model, E)
+    forward = fe.make_forward(rounded.model, strategy=strategy)
+    got, slopes = forward(params, *rounded.args), gradients(forward, params, *rounded.args)
+    assert got.dtype == torch.bfloat16 and all(slope.dtype == torch.bfloat16 for slope in slopes.values())
+
+    exact = rounded.to(torch.float64)
+    twin = tree_map(lambda leaf: leaf.detach().double().requires_grad_(), params)
+    # What is added up is of the size of 1; a sum that cancels is as wrong as its terms.
+    near = partial(assert_same, tolerance=TOLERANCE[torch.bfloat16], floor=1.0)
+    near(got.double(), loop(exact.model, twin, *exact.args))
+    want = gradients(partial(loop, exact.model), twin, *exact.args)
+    near({name: slope.double() for name, slope in slopes.items()}, want)
 
 
 @pytest.mark.parametrize("name", MODELS)
