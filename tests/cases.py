@@ -30,6 +30,18 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
+def small_net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def source(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def norm_net(kind: type[nn.Module]) -> Any:
+    return nn.Sequential(nn.Conv1d(2, 3, 2), kind(3, affine=True, track_running_stats=True), nn.ReLU()).double()
+
+
 @st.composite
 def _linear(draw: st.DrawFn) -> Case:
     into, out, lead = draw(sizes), draw(sizes), draw(st.lists(sizes, max_size=3))

@@ -30,6 +30,19 @@ def compile_whole(function: Any) -> Any:
     return torch.compile(function, fullgraph=True, backend="inductor" if found else "aot_eager")
 
 
+def both_kinds(model: nn.Module, E: int) -> list[fe.EnsembleParams]:
+    """A classic ensemble and a BatchEnsemble whose members all differ."""
+    classic = fe.ensemble_params(model, E, reset=False)
+    for stack in classic.stacked.values():
+        with torch.no_grad():
+            stack += 0.3 * torch.randn_like(stack)
+    return [classic, fe.batchensemble_params(model, E, bias="stacked")]
+
+
+def tensors_of(params: fe.EnsembleParams) -> dict[str, Tensor]:
+    return {**params.shared, **params.stacked}
+
+
 def materialise(module: nn.Module, weight: Tensor, r: Tensor, s: Tensor) -> Tensor:
     """`W * (r s^T)` for a weight of `module`, one (axis 0, axis 1) pair at a time."""
     groups = getattr(module, "groups", 1)

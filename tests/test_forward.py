@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,23 +12,14 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from cases import MODELS, Case, Residual, fast_layers, members, model_case, randn
+from cases import MODELS, Case, Residual, fast_layers, members, model_case, norm_net, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_same, assert_untouched, compile_whole, gradients, loop, snapshot
+from oracle import assert_same, assert_untouched, both_kinds, compile_whole, gradients, loop, snapshot
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value
 
 import functorch_ens as fe
-
-
-def both_kinds(model: nn.Module, E: int) -> list[fe.EnsembleParams]:
-    """A classic ensemble and a BatchEnsemble whose members all differ."""
-    classic = fe.ensemble_params(model, E, reset=False)
-    for stack in classic.stacked.values():
-        with torch.no_grad():
-            stack += 0.3 * torch.randn_like(stack)
-    return [classic, fe.batchensemble_params(model, E, bias="stacked")]
 
 
 @given(case=fast_layers, E=members, chunk=st.sampled_from([None, 1, 2, 9]))
@@ -182,10 +172,6 @@ def test_an_output_that_is_no_pytree_is_an_error(strategy: str) -> None:
 # Buffers
 
 
-def _norm_net(kind: type[nn.Module]) -> Any:
-    return nn.Sequential(nn.Conv1d(2, 3, 2), kind(3, affine=True, track_running_stats=True), nn.ReLU()).double()
-
-
 @pytest.mark.parametrize(
     ("kind", "momentum"), [(nn.BatchNorm1d, 0.1), (nn.BatchNorm1d, None), (nn.InstanceNorm1d, 0.1)]
 )
@@ -193,7 +179,7 @@ def _norm_net(kind: type[nn.Module]) -> Any:
 def test_batchnorm_statistics_are_those_of_each_member_trained_alone(
     kind: type[nn.Module], strategy: str, momentum: Any
 ) -> None:
-    model = _norm_net(kind)
+    model = norm_net(kind)
     model[1].momentum = momentum
     forward = fe.make_forward(model, strategy=strategy)
     for params in both_kinds(model, 3):
@@ -247,7 +233,7 @@ def test_an_update_that_would_be_lost_is_an_error(strategy: str) -> None:
                 self.calls = self.calls + 1
             return self.layer(x)
 
-    for model in (_norm_net(nn.BatchNorm1d), Counting(True), Counting(False)):
+    for model in (norm_net(nn.BatchNorm1d), Counting(True), Counting(False)):
         x = randn(4, 2, 6) if isinstance(model, nn.Sequential) else torch.randn(4, 2)
         forward = fe.make_forward(model, strategy=strategy)
         params = fe.batchensemble_params(model, 2)
@@ -264,7 +250,7 @@ def test_an_update_that_would_be_lost_is_an_error(strategy: str) -> None:
 
 
 def test_eval_reads_the_models_own_buffers() -> None:
-    model, x = _norm_net(nn.BatchNorm1d).eval(), randn(4, 2, 6)
+    model, x = norm_net(nn.BatchNorm1d).eval(), randn(4, 2, 6)
     forward, params = fe.make_forward(model), fe.batchensemble_params(model, 2)
     first = forward(params, x)
     with torch.no_grad():
@@ -275,110 +261,6 @@ def test_eval_reads_the_models_own_buffers() -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Purity: nothing is left behind
-
-
-class _Caching(nn.Module):
-    """Keeps tensors, numbers and lists on itself between calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 3)
-        self.cached: Tensor | None = None
-        self.history: list[Tensor] = []
-        self.seen = {"calls": 0}
-        self.constant = torch.ones(3, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.cached is None:
-            self.cached = self.layer(x)
-            self.register_buffer("late", self.cached.detach())
-        self.history.append(self.cached)
-        self.seen["calls"] += 1
-        self.constant += 1
-        return self.layer(x) + self.cached + len(self.history) + self.seen["calls"] + self.constant
-
-
-@pytest.mark.parametrize("strategy", ["vmap", "loop"])
-def test_what_a_model_keeps_on_itself_does_not_leak(strategy: str) -> None:
-    model = _Caching().double()
-    forward = fe.make_forward(model, strategy=strategy)
-    params = fe.batchensemble_params(model, 3)
-    for _ in range(3):
-        x = randn(4, 3)
-        assert_same(forward(params, x), loop(model, params, x))
-    assert model.cached is None and model.history == [] and model.seen == {"calls": 0}
-    assert torch.equal(model.constant, torch.ones(3, dtype=torch.float64)) and "late" not in dict(model.named_buffers())
-    kept = [value for module in forward._template._module.modules() for value in vars(module).values()]
-    assert not [
-        value for value in kept if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
-    ]
-
-
-class _Store:
-    """A plain object in which two modules keep things."""
-
-    value: Tensor
-
-
-class _Sharing(nn.Module):
-    """Caches in a dict, an object and a deque that a child module reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(3, 3)
-        self.cache: dict[str, Tensor] = {}
-        self.store = _Store()
-        self.queue: deque[Tensor] = deque()
-        self.child: Any = nn.Module()
-        vars(self.child).update(cache=self.cache, store=self.store, queue=self.queue)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if "hidden" not in self.cache:
-            self.cache["hidden"] = self.layer(x)
-        if not hasattr(self.store, "value"):
-            self.store.value = self.layer(x).tanh()
-        self.queue.append(self.layer(x).exp())
-        return self.child.cache["hidden"] + self.child.store.value + len(self.child.queue) * self.child.queue[0]
-
-
-@pytest.mark.parametrize("strategy", ["vmap", "loop"])
-def test_caches_that_modules_share_stay_shared_and_do_not_leak(strategy: str) -> None:
-    model = _Sharing().double()
-    forward, params = fe.make_forward(model, strategy=strategy), fe.batchensemble_params(model, 3)
-    for _ in range(3):
-        x = randn(4, 3)
-        assert_same(forward(params, x), loop(model, params, x))
-    assert not model.cache and not vars(model.store) and not model.queue
-
-
-@pytest.mark.parametrize("strategy", ["vmap", "loop"])
-def test_caches_do_not_leak_from_compiled_calls(strategy: str) -> None:
-    class Cached(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-            self.cached: Tensor | None = None
-            self.named: dict[str, Tensor] = {}
-            self.history: list[Tensor] = []
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.cached is None:
-                self.cached = self.layer(x)
-            if "late" not in self.named:
-                self.named["late"] = self.layer(x).tanh()
-            if not hasattr(self, "late"):
-                self.late = self.layer(x).exp()
-            self.history.append(self.cached)
-            return self.cached + self.named["late"] + self.late + len(self.history)
-
-    model = Cached().double()
-    params = fe.batchensemble_params(model, 3)
-    forward = fe.make_forward(model, strategy=strategy)
-    compiled = compile_whole(forward)
-    for _ in range(2):
-        x = randn(4, 3)
-        assert_same(compiled(params, x), loop(model, params, x))
-        assert_same(forward(params, x), loop(model, params, x))
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "loop"])
@@ -419,35 +301,6 @@ def test_a_model_that_writes_to_its_parameters_is_an_error(strategy: str) -> Non
         fe.make_forward(model, strategy=strategy)(fe.ensemble_params(model, 2), torch.ones(1, 3))
 
 
-@pytest.mark.parametrize("where", ["list", "partial", "closure"])
-def test_parameters_that_a_forward_cannot_replace_are_an_error(where: str) -> None:
-    class Hiding(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-            layer = self.layer
-            self.hidden = {
-                "list": {"deep": [layer.weight]},
-                "partial": partial(F.linear, weight=layer.weight),
-                "closure": lambda x: layer(x),
-            }[where]
-
-    with pytest.raises(
-        ValueError, match="model: Hiding '' keeps parameters or buffers of the model in its attribute 'hidden'"
-    ):
-        fe.make_forward(Hiding())
-
-
-def test_inference_mode_leaves_nothing_behind() -> None:
-    model, x = _Caching().double(), randn(4, 3)
-    forward, params = fe.make_forward(model), fe.batchensemble_params(model, 2)
-    with torch.inference_mode():
-        first = forward(params, x)
-    assert_same(gradients(forward, params, x), gradients(partial(loop, model), params, x))
-    assert_same(forward(params, x), first.clone())
-    assert forward.strategy == "vmap"
-
-
 def test_threads_do_not_disturb_each_other() -> None:
     model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(10))), torch.ones(2, 4)
     forward = fe.make_forward(model)
@@ -480,21 +333,6 @@ def test_nothing_passed_in_is_modified(name: str, strategy: str) -> None:
         assert all(
             now[name][key] is value for name in now for key, value in attributes[name].items() if key != "training"
         )
-
-
-@pytest.mark.parametrize("strategy", ["vmap", "loop"])
-@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
-def test_max_norm_does_not_renormalise_the_parameters(kind: type[nn.Module], strategy: str) -> None:
-    model = kind(5, 3, max_norm=0.1).double()
-    x = torch.tensor([[0], [2], [2]])
-    for params in both_kinds(model, 2):
-        before = snapshot(model, params)
-        forward = fe.make_forward(model, strategy=strategy)
-        y = forward(params, x)
-        assert (y.norm(dim=-1) < 0.1 + 1e-6).all()
-        assert_same(y, loop(model, params, x))
-        assert_same(gradients(forward, params, x), gradients(partial(loop, model), params, x))
-        assert_untouched(before, model, params)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -610,7 +448,7 @@ def test_members_are_independent_and_in_order(case: Case, E: int, i: int) -> Non
 
 
 def test_evaluating_between_compiled_steps_compiles_nothing_again() -> None:
-    model, x = _norm_net(nn.BatchNorm1d), randn(4, 2, 6)
+    model, x = norm_net(nn.BatchNorm1d), randn(4, 2, 6)
     forward, params, buffers = fe.make_forward(model), fe.batchensemble_params(model, 2), fe.ensemble_buffers(model, 2)
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(forward, fullgraph=True, backend=counter)
@@ -642,92 +480,6 @@ def test_evaluating_between_compiled_steps_compiles_nothing_again() -> None:
 def test_unknown_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fe.make_forward(nn.Linear(2, 2), **options)
-
-
-def _bad_params(change: str) -> Any:
-    good = fe.batchensemble_params(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 3)
-    shared: Any
-    stacked: Any
-    shared, stacked = dict(good.shared), dict(good.stacked)
-    match change:
-        case "a plain dict":
-            return shared
-        case "nothing stacked":
-            stacked = {}
-        case "missing":
-            del shared["1.bias"]
-        case "unexpected":
-            shared["2.weight"] = torch.ones(2, 2)
-        case "no tensor":
-            shared["1.bias"] = 3.0
-        case "no dicts":
-            shared = None
-        case "r without s":
-            del stacked["0.weight_s"]
-        case "twice":
-            stacked["0.bias"] = torch.ones(3, 4)
-        case "member axis":
-            stacked["1.weight_r"] = torch.ones(2, 2)
-        case "no member axis":
-            stacked = {name: stack[0, 0] for name, stack in stacked.items()}
-        case "transposed":
-            shared["0.weight"] = shared["0.weight"].T
-    return fe.EnsembleParams(shared, stacked)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ("a plain dict", TypeError, "params: expected EnsembleParams.*got dict"),
-        ("nothing stacked", ValueError, "params: nothing is stacked"),
-        ("missing", ValueError, r"params.*missing \['1.bias'\], unexpected \[\]"),
-        ("unexpected", ValueError, r"params.*missing \[\], unexpected \['2.weight'\]"),
-        ("no tensor", TypeError, r"params: expected tensors, got \{'1.bias': 'float'\}"),
-        ("no dicts", TypeError, "params: expected EnsembleParams of two dicts, got NoneType and dict"),
-        ("r without s", ValueError, r"params: r and s come in pairs.*0.weight_r"),
-        ("twice", ValueError, r"params: both shared and stacked: \['0.bias'\]"),
-        ("member axis", ValueError, r"params: wrong shape.*1.weight_r: expected \[3, 2\], got \[2, 2\]"),
-        ("no member axis", ValueError, r"params: 0.weight_r: expected a leading member axis"),
-        ("transposed", ValueError, r"params: wrong shape: 0.weight: expected \[4, 3\], got \[3, 4\]"),
-    ],
-)
-def test_parameters_that_do_not_fit(change: str, error: type[Exception], message: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    before = snapshot(model)
-    with pytest.raises(error, match=message):
-        fe.make_forward(model)(_bad_params(change), torch.ones(1, 3))
-    with pytest.raises(error, match=message):
-        fe.member_params(model, _bad_params(change), 0)
-    assert_untouched(before, model)
-
-
-def test_parameters_of_another_model_are_named() -> None:
-    params = fe.ensemble_params(nn.ModuleDict({"head": nn.Linear(2, 2)}), 2)
-    with pytest.raises(
-        ValueError, match=r"Linear.*missing \['weight', 'bias'\], unexpected \['head.weight', 'head.bias'\]"
-    ):
-        fe.make_forward(nn.Linear(2, 2))(params, torch.ones(1, 2))
-
-
-@pytest.mark.parametrize(
-    ("buffers", "error", "message"),
-    [
-        ([], TypeError, "buffers: expected a dict.*got list"),
-        ({}, ValueError, r"buffers.*missing \['1.running_mean'"),
-        ({"x": torch.ones(2)}, ValueError, r"unexpected \['x'\]"),
-        (
-            "one member",
-            ValueError,
-            r"buffers: wrong shape with a leading member axis of 2: 1.running_mean: expected \[2, 3\], got \[1, 3\]",
-        ),
-    ],
-)
-def test_buffers_that_do_not_fit(buffers: Any, error: type[Exception], message: str) -> None:
-    model = _norm_net(nn.BatchNorm1d)
-    if buffers == "one member":
-        buffers = fe.ensemble_buffers(model, 1)
-    with pytest.raises(error, match=message):
-        fe.make_forward(model)(fe.ensemble_params(model, 2), randn(4, 2, 6), buffers=buffers)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "vmap", "loop"])

@@ -7,21 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MODELS, Matrices, Tied, members, model_case
+from cases import MODELS, Matrices, Tied, members, model_case, small_net, source
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_same, assert_untouched, loop, snapshot
+from oracle import assert_same, assert_untouched, loop, snapshot, tensors_of
 from torch import Tensor, nn
 
 import functorch_ens as fe
-
-
-def _net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
-
-
-def _all(params: fe.EnsembleParams) -> dict[str, Tensor]:
-    return {**params.shared, **params.stacked}
 
 
 def _quietly(make: Any, *args: Any, **options: Any) -> fe.EnsembleParams:
@@ -29,10 +21,6 @@ def _quietly(make: Any, *args: Any, **options: Any) -> fe.EnsembleParams:
         warnings.simplefilter("ignore")
         params: fe.EnsembleParams = make(*args, **options)
     return params
-
-
-def _source(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
@@ -55,57 +43,48 @@ def test_names_shapes_and_kinds(name: str) -> None:
     assert all(torch.equal(be.shared[k], own[k]) for k in own)
     assert be.E == 3 and be.stacked and all(k.endswith(("_r", "_s")) and v.shape[0] == 3 for k, v in be.stacked.items())
     for params in (classic, be):
-        for tensor in _all(params).values():
+        for tensor in tensors_of(params).values():
             assert tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float64 and tensor.is_contiguous()
 
 
 @given(E=members, seed=st.integers(0, 2**40), double=st.booleans())
 def test_the_generator_decides_alone(E: int, seed: int, double: bool) -> None:
-    model = _net().double() if double else _net()
+    model = small_net().double() if double else small_net()
 
     def make(g: torch.Generator | None) -> list[fe.EnsembleParams]:
         return [
             fe.ensemble_params(model, E, generator=g),
-            fe.ensemble_params(model, E, reset=_net, generator=g),
+            fe.ensemble_params(model, E, reset=small_net, generator=g),
             fe.batchensemble_params(model, E, generator=g),
             fe.batchensemble_params(model, E, init="random_sign", use_base_weights=False, stacked="3.*", generator=g),
         ]
 
     before = torch.get_rng_state()
-    first = make(_source(seed))
+    first = make(source(seed))
     assert torch.equal(before, torch.get_rng_state()), "the global random state was touched"
     torch.rand(3)
-    second = make(_source(seed))
-    other = make(_source(seed + 1))
+    second = make(source(seed))
+    other = make(source(seed + 1))
     torch.manual_seed(seed)
     third = make(None)
     torch.manual_seed(seed)
     fourth = make(None)
     for a, b, c, d, e in zip(first, second, other, third, fourth, strict=True):
-        for name, tensor in _all(a).items():
-            assert torch.equal(tensor, _all(b)[name]) and torch.equal(_all(d)[name], _all(e)[name])
-        assert any(not torch.equal(tensor, _all(c)[name]) for name, tensor in _all(a).items())
+        for name, tensor in tensors_of(a).items():
+            assert torch.equal(tensor, tensors_of(b)[name]) and torch.equal(tensors_of(d)[name], tensors_of(e)[name])
+        assert any(not torch.equal(tensor, tensors_of(c)[name]) for name, tensor in tensors_of(a).items())
     two = fe.ensemble_params(model, E), fe.ensemble_params(model, E)
     assert not torch.equal(two[0].stacked["0.weight"], two[1].stacked["0.weight"]), (
         "the global generator did not advance"
     )
 
 
-def test_a_default_device_changes_nothing() -> None:
-    model = _net()
-    want = fe.ensemble_params(model, 2, generator=_source()), fe.batchensemble_params(model, 2, generator=_source())
-    with torch.device("meta"):
-        got = fe.ensemble_params(model, 2, generator=_source()), fe.batchensemble_params(model, 2, generator=_source())
-    for mine, theirs in zip(got, want, strict=True):
-        assert all(torch.equal(tensor, _all(theirs)[name]) for name, tensor in _all(mine).items())
-
-
 def test_members_start_apart() -> None:
-    for params in (fe.ensemble_params(_net(), 4), fe.ensemble_params(_net(), 4, reset=_net)):
+    for params in (fe.ensemble_params(small_net(), 4), fe.ensemble_params(small_net(), 4, reset=small_net)):
         for name in ("0.weight", "0.bias", "3.weight", "3.bias"):
             stack = params.stacked[name]
             assert all(not torch.equal(stack[i], stack[j]) for i in range(4) for j in range(i))
-    params = fe.batchensemble_params(_net(), 4)
+    params = fe.batchensemble_params(small_net(), 4)
     for stack in params.stacked.values():
         assert all(not torch.equal(stack[i], stack[j]) for i in range(4) for j in range(i))
 
@@ -114,97 +93,13 @@ def test_members_start_apart() -> None:
 # reset
 
 
-def test_reset_draws_as_reset_parameters_does() -> None:
-    model = nn.Sequential(nn.Linear(100, 50), nn.LayerNorm(50), nn.Embedding(30, 40, padding_idx=3))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(7.0)
-    stacked = fe.ensemble_params(model, 8).stacked
-    weight = stacked["0.weight"]  # uniform in +-1/sqrt(in): standard deviation 1/sqrt(3 in)
-    assert weight.abs().max() <= 0.1 and weight.std(unbiased=False).item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
-    assert stacked["0.bias"].abs().max() <= 0.1
-    assert torch.equal(stacked["1.weight"], torch.ones(8, 50)) and torch.equal(stacked["1.bias"], torch.zeros(8, 50))
-    assert not stacked["2.weight"][:, 3].any() and stacked["2.weight"].std().item() == pytest.approx(1, rel=0.05)
-
-
-def test_reset_uses_torchs_underscored_ones_after_the_inner_ones() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        stacked = fe.ensemble_params(nn.MultiheadAttention(4, 2), 3).stacked
-    assert not torch.equal(stacked["in_proj_weight"][0], stacked["in_proj_weight"][1])
-    assert not stacked["out_proj.bias"].any()  # as its constructor leaves it: zero
-
-
-def test_reset_copies_what_nothing_initialises_and_says_so_once() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.token = nn.Parameter(torch.randn(1, 4))
-            self.layer = nn.Linear(4, 2)
-            self.part = _Part()
-
-    class _Part(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Parameter(torch.arange(6.0).reshape(2, 3))
-
-        def reset_parameters(self) -> None:
-            with torch.no_grad():
-                self.table[0].normal_()
-
-    model = Net()
-    with pytest.warns(UserWarning, match=r"no reset_parameters initialises \['token', 'part.table'\]") as caught:
-        stacked = fe.ensemble_params(model, 5).stacked
-    assert len(caught) == 1 and caught[0].filename == __file__
-    assert all(torch.equal(token, model.token) for token in stacked["token"])
-    assert all(torch.equal(table[1], model.part.table[1]) for table in stacked["part.table"])
-    assert not torch.equal(stacked["part.table"][0, 0], stacked["part.table"][1, 0])
-
-
-def test_a_factory_keeps_what_the_constructor_does() -> None:
-    def factory() -> nn.Module:
-        model = _net()
-        nn.init.constant_(model.get_parameter("3.weight"), 0.25)
-        return model
-
-    params = fe.ensemble_params(_net(), 3, reset=factory)
-    assert torch.equal(params.stacked["3.weight"], torch.full((3, 2, 4), 0.25))
-    assert not torch.equal(params.stacked["0.weight"][0], params.stacked["0.weight"][1])
-
-
-@pytest.mark.parametrize(
-    ("factory", "error", "message"),
-    [
-        (lambda: 3, TypeError, "reset: expected a factory that returns a torch.nn.Module, it returned 3"),
-        (lambda: nn.Linear(3, 4), ValueError, r"reset.*missing \['0.weight'.*unexpected \['weight', 'bias'\]"),
-        (
-            lambda: nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2)),
-            ValueError,
-            r"reset: the shapes.*0.weight: \[4, 3\] != \[5, 3\]",
-        ),
-    ],
-)
-def test_a_factory_of_other_models_is_an_error(factory: Any, error: type[Exception], message: str) -> None:
-    model, before = _net(), torch.get_rng_state()
-    with pytest.raises(error, match=message):
-        fe.ensemble_params(model, 2, reset=factory, generator=_source())
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_reset_false_copies() -> None:
-    model = _net()
-    params = fe.ensemble_params(model, 3, reset=False)
-    for name, parameter in model.named_parameters():
-        assert all(torch.equal(member, parameter) for member in params.stacked[name])
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # stacked, bias, use_base_weights, init
 
 
 @pytest.mark.parametrize("stacked", ["3.*", ["3.weight", "3.bias"], lambda name, p: name.startswith("3")])
 def test_a_sub_ensemble_shares_the_models_trunk(stacked: Any) -> None:
-    model = _net()
+    model = small_net()
     params = fe.ensemble_params(model, 3, stacked=stacked)
     assert set(params.stacked) == {"3.weight", "3.bias"}
     assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in params.shared.items())
@@ -213,7 +108,7 @@ def test_a_sub_ensemble_shares_the_models_trunk(stacked: Any) -> None:
 
 
 def test_stacked_in_a_batchensemble_is_a_whole_copy() -> None:
-    model = _net()
+    model = small_net()
     params = fe.batchensemble_params(model, 3, stacked=["3.weight", "1.*"])
     assert set(params.stacked) == {"0.weight_r", "0.weight_s", "3.weight", "1.weight", "1.bias"}
     assert all(torch.equal(member, model.get_parameter("3.weight")) for member in params.stacked["3.weight"])
@@ -222,7 +117,7 @@ def test_stacked_in_a_batchensemble_is_a_whole_copy() -> None:
 
 
 def test_stacked_biases_are_those_of_the_rank1_layers_and_start_from_the_models() -> None:
-    model = nn.ModuleDict({"net": _net(), "attention": nn.MultiheadAttention(4, 2), "rnn": nn.GRU(2, 2)})
+    model = nn.ModuleDict({"net": small_net(), "attention": nn.MultiheadAttention(4, 2), "rnn": nn.GRU(2, 2)})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
@@ -235,7 +130,7 @@ def test_stacked_biases_are_those_of_the_rank1_layers_and_start_from_the_models(
 
 
 def test_without_base_weights_everything_is_drawn_afresh() -> None:
-    model = _net()
+    model = small_net()
     params = fe.batchensemble_params(model, 3, use_base_weights=False, bias="stacked", stacked="3.weight")
     assert not torch.equal(params.shared["0.weight"], model.get_parameter("0.weight"))
     assert params.shared["0.weight"].abs().max() <= 3**-0.5
@@ -266,9 +161,9 @@ def test_init_of_r_and_s() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
 def test_dtype_follows_the_model_and_numbers_are_the_same_in_each(dtype: torch.dtype) -> None:
     model = nn.Linear(3, 4).to(dtype)
-    for params in (fe.ensemble_params(model, 2, reset=False), fe.batchensemble_params(model, 2, generator=_source())):
-        assert all(tensor.dtype == dtype and tensor.requires_grad for tensor in _all(params).values())
-    exact = fe.batchensemble_params(nn.Linear(3, 4).double(), 2, generator=_source()).stacked["weight_r"]
+    for params in (fe.ensemble_params(model, 2, reset=False), fe.batchensemble_params(model, 2, generator=source())):
+        assert all(tensor.dtype == dtype and tensor.requires_grad for tensor in tensors_of(params).values())
+    exact = fe.batchensemble_params(nn.Linear(3, 4).double(), 2, generator=source()).stacked["weight_r"]
     assert torch.equal(params.stacked["weight_r"], exact.to(dtype))
 
 
@@ -287,7 +182,7 @@ def test_params_own_their_memory_and_the_model_is_untouched(name: str) -> None:
         fe.batchensemble_params(model, 1, bias="stacked"),
         _quietly(fe.batchensemble_params, model, 2, use_base_weights=False),
     ):
-        tensors = list(_all(params).values())
+        tensors = list(tensors_of(params).values())
         assert not any(_overlap(a, b) for i, a in enumerate(tensors) for b in [*model.parameters(), *tensors[:i]])
     buffers = fe.ensemble_buffers(model, 1)
     assert not any(_overlap(a, b) for a in buffers.values() for b in model.buffers())
@@ -296,7 +191,7 @@ def test_params_own_their_memory_and_the_model_is_untouched(name: str) -> None:
 
 def test_tied_parameters_are_one_leaf() -> None:
     model = Tied()
-    assert "score.weight" not in _all(fe.ensemble_params(model, 2))
+    assert "score.weight" not in tensors_of(fe.ensemble_params(model, 2))
     stacked = fe.batchensemble_params(model, 2).stacked
     assert {"embed.weight_r", "embed.weight_s"} <= set(stacked) and "score.weight_r" not in stacked
     assert set(fe.batchensemble_params(model, 2, layers="score").stacked) == {"embed.weight_r", "embed.weight_s"}
@@ -308,7 +203,7 @@ def test_tied_parameters_are_one_leaf() -> None:
 
 
 def test_frozen_parameters_stay_in_and_stay_frozen() -> None:
-    model = _net()
+    model = small_net()
     model[0].requires_grad_(False)
     classic, be = fe.ensemble_params(model, 2), fe.batchensemble_params(model, 2)
     assert not classic.stacked["0.weight"].requires_grad and classic.stacked["3.weight"].requires_grad
@@ -357,7 +252,7 @@ def test_quantised_weights_are_left_as_they_are() -> None:
 
 
 def test_buffers_are_stacked() -> None:
-    model = _net()
+    model = small_net()
     model.register_buffer("mask", torch.tensor([True, False]), persistent=False)
     buffers = fe.ensemble_buffers(model, 3)
     assert {name: (tuple(b.shape), b.dtype) for name, b in buffers.items()} == {
@@ -381,28 +276,7 @@ def test_buffers_are_stacked() -> None:
 )
 def test_E_must_be_a_positive_int(make: Any, E: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=f"E: expected a positive int, got {E!r}"):
-        make(_net(), E)
-
-
-@pytest.mark.parametrize("make", [fe.ensemble_params, fe.batchensemble_params, fe.ensemble_buffers])
-@pytest.mark.parametrize(
-    ("model", "error", "message"),
-    [
-        ("resnet18", TypeError, "model: expected a torch.nn.Module, got 'resnet18'"),
-        (nn.Linear, TypeError, "model: expected a torch.nn.Module, got <class"),
-        (nn.ReLU(), ValueError, "model: ReLU has no parameters"),
-        (
-            nn.Sequential(nn.LazyLinear(3)),
-            ValueError,
-            r"lazy parameters.*\['0.weight', '0.bias'\]; call the model once",
-        ),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
-def test_models_that_cannot_be_made_an_ensemble(make: Any, model: Any, error: type[Exception], message: str) -> None:
-    for call in (lambda: make(model, 2), lambda: fe.make_forward(model)):
-        with pytest.raises(error, match=message):
-            call()
+        make(small_net(), E)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +297,7 @@ def test_models_that_cannot_be_made_an_ensemble(make: Any, model: Any, error: ty
     ],
 )
 def test_bad_options_of_batchensemble_params(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    model = _net()
+    model = small_net()
     before, state = snapshot(model), torch.get_rng_state()
     with pytest.raises(error, match=message):
         fe.batchensemble_params(model, 2, **options)
@@ -448,7 +322,7 @@ def test_bad_options_of_batchensemble_params(options: dict[str, Any], error: typ
 )
 def test_bad_options_of_ensemble_params(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        fe.ensemble_params(_net(), 2, **options)
+        fe.ensemble_params(small_net(), 2, **options)
 
 
 def test_nothing_to_vary_is_an_error() -> None:
