@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from functorch_ens.structure import contents
+from functorch_ens.structure import INTERNAL, contents
 
-_INTERNAL = frozenset(vars(nn.Module()))
 _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))
 
 
@@ -32,7 +31,7 @@ class Snapshot:
             attributes = {name: value for name, value in vars(module).items() if name != "training"}
             self._modules.append((module, attributes))
             for name, value in attributes.items():
-                if name in _REGISTRIES or name not in _INTERNAL:
+                if name in _REGISTRIES or name not in INTERNAL:
                     self._remember(value, owned)
 
     def _remember(self, value: Any, owned: set[int]) -> None:

@@ -100,7 +100,8 @@ def copy_structure(
 
 # What holds attributes, but is not part of the state of the module that refers to it.
 _OPAQUE = (nn.Module, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, torch.Generator, Tensor)
-_INTERNAL = frozenset(vars(nn.Module()))
+INTERNAL = frozenset(vars(nn.Module()))
+"""The attributes that every module has."""
 
 
 def contents(value: Any) -> list[Any]:
@@ -120,7 +121,7 @@ def reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """All that the plain attributes of `module` hold, at any depth, each with the name of the attribute."""
     seen: set[int] = set()
     for name, attribute in vars(module).items():
-        if name in _INTERNAL:
+        if name in INTERNAL:
             continue
         pending = [attribute]
         while pending:
@@ -131,10 +132,18 @@ def reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
                 pending += contents(value)
 
 
-def check_reachable(model: nn.Module) -> None:
-    """ValueError where `model` reads a parameter past the place where it is registered, and so past any replacement."""
+def check_replaceable(model: nn.Module) -> None:
+    """ValueError where the parameters of `model` cannot be replaced for a call.
+
+    That is where a module is compiled code, or reads a parameter past the place where it is registered.
+    """
     tensors = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     for prefix, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules:
+            raise ValueError(
+                f"model: {prefix!r} is compiled, a {type(module).__name__}; give the module that it was made from, and "
+                "compile the forward instead"
+            )
         for name, value in reachable(module):
             cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
             inside = [cell for cell in cells if isinstance(cell, nn.Module) and any(True for _ in cell.parameters())]

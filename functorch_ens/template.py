@@ -15,7 +15,7 @@ from torch.func import functional_call
 from functorch_ens.pure import pure_forward
 from functorch_ens.rank1 import Layout, Rank1, Rule, layout_of, rank1_layouts, rank1_names, rule_of
 from functorch_ens.snapshot import Snapshot
-from functorch_ens.structure import buffer_sites, check_reachable, copy_structure, parameter_sites
+from functorch_ens.structure import buffer_sites, check_replaceable, copy_structure, parameter_sites
 
 
 class Template:
@@ -26,7 +26,7 @@ class Template:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        check_reachable(model)
+        check_replaceable(model)
         memo: dict[int, Any] = {}
         self._module = copy_structure(model, _on_meta, _on_meta, memo)
         self._pairs = list(zip(model.modules(), self._module.modules(), strict=True))

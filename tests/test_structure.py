@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -50,3 +51,10 @@ def test_models_that_cannot_be_made_an_ensemble(make: Any, model: Any, error: ty
     for call in (lambda: make(model, 2), lambda: fe.make_forward(model)):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_compiled_models_are_an_error() -> None:
+    with pytest.raises(ValueError, match="model: '' is compiled, a OptimizedModule; give the module"):
+        fe.make_forward(torch.compile(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="model: '0' is compiled"):
+        fe.make_forward(nn.Sequential(torch.compile(nn.Linear(2, 2))))
