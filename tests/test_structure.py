@@ -54,7 +54,8 @@ def test_models_that_cannot_be_made_an_ensemble(make: Any, model: Any, error: ty
 
 
 def test_compiled_models_are_an_error() -> None:
+    compiled: Any = torch.compile(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="model: '' is compiled, a OptimizedModule; give the module"):
-        fe.make_forward(torch.compile(nn.Linear(2, 2)))
+        fe.make_forward(compiled)
     with pytest.raises(ValueError, match="model: '0' is compiled"):
-        fe.make_forward(nn.Sequential(torch.compile(nn.Linear(2, 2))))
+        fe.make_forward(nn.Sequential(compiled))
