@@ -13,6 +13,10 @@ from functorch_ens.structure import INTERNAL, contents
 _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))
 
 
+# Older compilers cannot look through the `__dict__` of a module.
+TRACES_DICT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
+
+
 class Snapshot:
     """The attributes of all modules of `model`, and the contents of the containers, objects and tensors they hold.
 
@@ -68,12 +72,22 @@ class Snapshot:
         for tensor, value, version in self._tensors:
             if tensor._version != version:
                 _write(tensor, value)
+        if torch.compiler.is_compiling() and not TRACES_DICT:
+            self._reassign()
+            return
         for module, attributes in self._modules:
             state = module.__dict__
             for name in [name for name in state if name not in attributes and name != "training"]:
                 delattr(module, name)
             for name, value in attributes.items():
                 if name not in state or state[name] is not value:
+                    setattr(module, name, value)
+
+    def _reassign(self) -> None:
+        """Undo assignments to the attributes that were there; new ones stay."""
+        for module, attributes in self._modules:
+            for name, value in attributes.items():
+                if name not in INTERNAL and getattr(module, name) is not value:
                     setattr(module, name, value)
 
 

@@ -14,6 +14,7 @@ from oracle import assert_same, compile_whole, gradients, loop
 from torch import Tensor, nn
 
 import functorch_ens as fe
+from functorch_ens.snapshot import TRACES_DICT
 
 
 class _Caching(nn.Module):
@@ -105,10 +106,13 @@ def test_caches_do_not_leak_from_compiled_calls(strategy: str) -> None:
                 self.cached = self.layer(x)
             if "late" not in self.named:
                 self.named["late"] = self.layer(x).tanh()
+            self.history.append(self.cached)
+            y = self.cached + self.named["late"] + len(self.history)
+            if not TRACES_DICT:  # an attribute made in a forward is undone from torch 2.15 on
+                return y
             if not hasattr(self, "late"):
                 self.late = self.layer(x).exp()
-            self.history.append(self.cached)
-            return self.cached + self.named["late"] + self.late + len(self.history)
+            return y + self.late
 
     model = Cached().double()
     params = fe.batchensemble_params(model, 3)
