@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from functorch_ens.outputs import Form, take_apart
 from functorch_ens.params import EnsembleParams
 from functorch_ens.template import Template
 
-# What an output may hold besides tensors: values that are the same for every member.
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(...))
+_LOCK = threading.RLock()
 
 
 class Call:
@@ -31,15 +33,15 @@ class Call:
         member_inputs: bool,
     ) -> None:
         self.E = E
+        self.shared = params.shared
         self.stacked = params.stacked
         self.buffers = None if buffers is None else dict(buffers)
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self.inputs = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
         self.member_inputs = member_inputs
+        self.modes = template.modes()
         self._template = template
-        self._shared = params.shared
         self._own_buffers = dict(model.named_buffers()) if buffers is None else {}
-        self._training = any(module.training for module in model.modules())
         self._kind = type(model).__name__
         given = [] if torch.compiler.is_compiling() else [*params.shared.items(), *params.stacked.items()]
         self._versions = [(name, tensor, tensor._version) for name, tensor in given]
@@ -50,11 +52,11 @@ class Call:
                     f"inputs: member_inputs=True expects every tensor to have a leading member axis of {E}, "
                     f"[E, B, ...]; got {wrong}"
                 )
-        self._form: tuple[pytree.TreeSpec, list[Any]] | None = None  # of the output; `...` stands for a tensor
+        self._form: Form | None = None  # of the output
         self._lost: set[str] = set()  # the model's own buffers that it has updated
 
     def member(
-        self, stacked: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor]
+        self, shared: dict[str, Tensor], stacked: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One member's output, as a flat list of its tensors, and its new buffers."""
         # A forward may write to its inputs and buffers in place: to copies, never to what was passed in.
@@ -62,36 +64,38 @@ class Call:
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **buffers}.items()}
-        output, new = self._template({**self._shared, **stacked}, copies, args, kwargs)
-        if self._training:  # torch.compile cannot read the version of what grad wraps, and sees only what is replaced
+        output, new = self._template({**shared, **stacked}, copies, args, kwargs)
+        if any(self.modes):  # torch.compile cannot read the version of what grad wraps, and sees only what is replaced
             versioned = not torch.compiler.is_compiling()
             self._lost |= {
                 name
                 for name in self._own_buffers
                 if new[name] is not copies[name] or (versioned and copies[name]._version)
             }
-        values, spec = pytree.tree_flatten(output)
-        form = spec, [... if isinstance(value, Tensor) else value for value in values]
-        wrong = [type(value).__name__ for value in form[1] if not isinstance(value, _CONSTANTS)]
-        if wrong:
-            raise TypeError(
-                f"output: expected tensors, numbers, text or None in a pytree, got {wrong}; "
-                "torch.utils._pytree.register_pytree_node or register_dataclass make a type of output one"
-            )
+        values, form = take_apart(output)
         if self._form is not None and repr(self._form) != repr(form):  # repr: a NaN is not equal to itself
             raise TypeError(f"output: what is no tensor must be the same for all members, got {self._form} and {form}")
         self._form = form
-        return [value for value in values if isinstance(value, Tensor)], {name: new[name] for name in buffers}
+        return values, {name: new[name] for name in buffers}
 
-    def result(self, tensors: list[Tensor], buffers: dict[str, Tensor]) -> Any:
+    def result(self, tensors: list[Any], buffers: dict[str, Tensor]) -> Any:
         """The output as the model gives it, from its stacked `tensors`; with the new buffers where they were given."""
         if self._lost:
             raise ValueError(update_lost(sorted(self._lost)))
         assert self._form is not None
-        stacked = iter(tensors)
-        spec, values = self._form
-        output = pytree.tree_unflatten([next(stacked) if value is ... else value for value in values], spec)
+        output = self._form.rebuild(iter(tensors))
         return output if self.buffers is None else (output, buffers)
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """The template in the modes of this call, and for it alone: it holds the tensors that it is called with."""
+        if torch.compiler.is_compiling():
+            self._template.follow(self.modes)
+            yield
+            return
+        with _LOCK:
+            self._template.follow(self.modes)
+            yield
 
     def check_parameters(self) -> None:
         """ValueError, naming them, where the model has written to its parameters, and so to the caller's."""

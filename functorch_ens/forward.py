@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,19 +13,20 @@ from torch.nn.modules.batchnorm import _NormBase
 from functorch_ens.call import Call, update_lost
 from functorch_ens.checks import check_bool, check_option, check_positive_int
 from functorch_ens.params import EnsembleParams
-from functorch_ens.strategies import Members, run_loop, run_vmap
+from functorch_ens.randomness import RandomState
+from functorch_ens.strategies import Plan, run
 from functorch_ens.structure import parameter_sites
 from functorch_ens.template import Template
 from functorch_ens.validate import Expected
 
 log = logging.getLogger(__name__)
-_LOCK = threading.RLock()
 
-# Modules that vmap cannot serve: torch has no batching rule for what they call.
+# Modules that vmap cannot serve, and what they call.
 _LOOP_ONLY: dict[type[nn.Module], str] = {
-    nn.RNNBase: "a fused RNN kernel",
-    nn.LSTMCell: "aten::lstm_cell",
-    nn.RReLU: "aten::rrelu",
+    nn.RNNBase: "a fused RNN kernel, which vmap has no rule for",
+    nn.RReLU: "aten::rrelu, which vmap has no rule for",
+    nn.CrossMapLRN2d: "an autograd.Function that torch.func cannot follow",
+    nn.AdaptiveLogSoftmaxWithLoss: "operations that depend on the values of its target",
 }
 
 
@@ -95,11 +95,18 @@ class Forward:
         self._template = Template(model)
         self._model = model
         self._norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _NormBase)]
-        self._chunk_size = chunk_size
-        self._randomness = randomness
         self._member_inputs = member_inputs
         self._may_switch = strategy == "auto"
-        self._use(*(_choose(model) if strategy == "auto" else (strategy, "it was asked for")))
+        obstacle = _obstacle(model)
+        if strategy == "vmap" and obstacle:
+            raise RuntimeError(f'strategy: got "vmap", but {obstacle}; strategy="loop" can')
+        if strategy == "auto":
+            chosen, reason = (
+                ("loop", obstacle) if obstacle else ("vmap", "nothing in the model is known to need the loop")
+            )
+        else:
+            chosen, reason = strategy, "it was asked for"
+        self._use(Plan(chosen, chunk_size, randomness), reason)
 
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -112,17 +119,19 @@ class Forward:
             self._expected.check_buffers(buffers, E)
         call = Call(self._template, self._model, E, params, buffers, args, kwargs, self._member_inputs)
         if torch.compiler.is_compiling():
-            return self._compute(call)
-        # One call at a time: a template holds the tensors of the call that it serves.
-        with _LOCK:
-            return self._compute(call)
+            with call.replay():
+                return call.result(*run(call, self._plan))
+        with call.replay():
+            try:
+                return self._compute(call)
+            finally:
+                call.check_parameters()
 
     def _compute(self, call: Call) -> Any:
-        self._template.follow()
-        if torch.compiler.is_compiling():
-            return call.result(*self._members(call))
+        """By the plan in use; where that is by vmap and fails, by the first other plan that works, and from then on."""
+        before = RandomState.of([*call.shared.values(), *call.stacked.values()])
         try:
-            members = self._members(call)
+            return call.result(*run(call, self._plan))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -130,35 +139,45 @@ class Forward:
                 error.add_note(call.note())
                 raise
             failure = error
-        else:
-            return call.result(*members)
-        finally:
-            call.check_parameters()
-        return self._after_vmap(call, failure)
-
-    def _members(self, call: Call) -> Members:
-        if self.strategy == "vmap":
-            return run_vmap(call, self._chunk_size, self._randomness)
-        return run_loop(call, self._randomness)
-
-    def _after_vmap(self, call: Call, failure: Exception) -> Any:
-        """Where vmap failed: the model's own error if the loop too has one, else the loop's answer, or word of it."""
+        where = f"{self._where(failure)}: {(str(failure).strip() or repr(failure)).splitlines()[0]}"
+        if not self._plan.owned:
+            owned = self._plan._replace(owned=True)
+            before.restore()
+            try:
+                result = call.result(*run(call, owned))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                pass
+            else:
+                self._use(owned, f"with new tensors made each member's own, for without that vmap failed in {where}")
+                return result
+        loop = self._plan._replace(strategy="loop", owned=False)
+        before.restore()
         try:
-            members = run_loop(call, self._randomness)
-        except Exception as error:
+            result = call.result(*run(call, loop))
+        except Exception as error:  # then it is the model's own, which vmap words badly
             error.add_note(call.note())
             raise error from None
-        result = call.result(*members)
-        summary = str(failure).strip().partition("\n")[0]
         if not self._may_switch:
-            kind = type(self._model).__name__
-            raise RuntimeError(f'vmap cannot serve {kind}, strategy="loop" can: {summary}') from failure
-        self._use("loop", f"vmap failed: {summary}", logging.WARNING)
+            raise RuntimeError(f'vmap cannot serve {where}; strategy="loop" can') from failure
+        self._use(loop, f"vmap failed in {where}", logging.WARNING)
         return result
 
-    def _use(self, strategy: str, reason: str, level: int = logging.INFO) -> None:
-        self.strategy, self.reason = strategy, reason
-        log.log(level, "%s: strategy %r: %s", type(self._model).__name__, strategy, reason)
+    def _where(self, error: Exception) -> str:
+        """The innermost module of the model that was at work when `error` was raised."""
+        found = type(self._model).__name__
+        trace = error.__traceback__
+        while trace is not None:
+            for module in (trace.tb_frame.f_locals.get(argument) for argument in ("self", "layer")):
+                if isinstance(module, nn.Module) and (name := self._template.name_of(module)):
+                    found = f"{name} ({type(module).__name__})"
+            trace = trace.tb_next
+        return found
+
+    def _use(self, plan: Plan, reason: str, level: int = logging.INFO) -> None:
+        self._plan, self.strategy, self.reason = plan, plan.strategy, reason
+        log.log(level, "%s: strategy %r: %s", type(self._model).__name__, plan.strategy, reason)
 
     def _check_no_update(self) -> None:
         """ValueError where a norm would update its running statistics, which nobody would then have."""
@@ -167,11 +186,13 @@ class Forward:
             raise ValueError(update_lost([f"{name}.running_mean" if name else "running_mean" for name in updated]))
 
 
-def _choose(model: nn.Module) -> tuple[str, str]:
-    """The strategy for `model`, and why."""
+def _obstacle(model: nn.Module) -> str | None:
+    """What in `model` vmap is known not to serve; None where there is nothing."""
     for name, module in model.named_modules():
+        where = f"{name or 'the model'} ({type(module).__name__})"
         for kind, operation in _LOOP_ONLY.items():
             if isinstance(module, kind):
-                where = f"{name or 'the model'} ({type(module).__name__})"
-                return "loop", f"{where} calls {operation}, which vmap has no rule for"
-    return "vmap", "nothing in the model is known to need the loop"
+                return f"{where} calls {operation}"
+        if module._backward_hooks or module._backward_pre_hooks:
+            return f"{where} has backward hooks, which vmap passes by"
+    return None

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from functorch_ens.pure import linear
 from functorch_ens.structure import Site, is_numeric
 
 
@@ -185,7 +186,7 @@ def _leave(y: Tensor, r: Tensor, bias: Tensor | None, spatial: int = 0) -> Tenso
 
 @rank1_rule(nn.Linear)
 def _linear(layer: nn.Linear, input: Tensor, *, weight: Rank1) -> Tensor:
-    return _leave(F.linear(_enter(input, weight.s), weight.weight), weight.r, layer.bias)
+    return _leave(linear(_enter(input, weight.s), weight.weight), weight.r, layer.bias)
 
 
 @rank1_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -1,69 +1,134 @@
-"""How the members of a call are computed: all at once, or one after another."""
+"""How the members of a call are computed: all at once, or one after another; whole, or a chunk of them at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from functorch_ens.call import Call
+from functorch_ens.owned import Owned
+from functorch_ens.randomness import RandomState
+from functorch_ens.recompute import recomputed
 
-Members = tuple[list[Tensor], dict[str, Tensor]]
-"""The tensors of the members' outputs and their new buffers, stacked: `[E, ...]` each."""
+Members = tuple[list[Any], dict[str, Tensor]]
+"""The tensors of the members' outputs and their new buffers, stacked: `[E, ...]` each.
 
-
-def run_vmap(call: Call, chunk_size: int | None, randomness: str) -> Members:
-    """All members at once, `chunk_size` at a time."""
-    in_dims = (0, 0, 0 if call.member_inputs else None)
-    run = vmap(call.member, in_dims=in_dims, randomness=randomness, chunk_size=chunk_size)
-    return run(call.stacked, call.buffers or {}, call.inputs)
+An output whose shape differs between members (the boxes that a detector finds) is a list of E tensors."""
 
 
-def run_loop(call: Call, randomness: str) -> Members:
-    """One member after another."""
-    # unbind, not [i]: its backward writes every member's gradient once, where E indexings would add up E of full size.
-    stacked = {name: tensor.unbind() for name, tensor in call.stacked.items()}
-    buffers = {name: tensor.unbind() for name, tensor in (call.buffers or {}).items()}
-    inputs = [x.unbind() if call.member_inputs else [x] * call.E for x in call.inputs]
+class Slice(NamedTuple):
+    """What some of the members compute with; `stacked`, `buffers` and, with member_inputs, `inputs` are `[k, ...]`."""
+
+    shared: dict[str, Tensor]
+    stacked: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    inputs: list[Tensor]
+
+
+class Plan(NamedTuple):
+    """How to compute the members."""
+
+    strategy: str
+    chunk_size: int | None
+    randomness: str
+    owned: bool = False
+    """Under vmap: whether every tensor that the model makes is each member's own from the start."""
+
+
+def run(call: Call, plan: Plan) -> Members:
+    """All members of `call`, as `plan` says."""
+    everything = Slice(call.shared, call.stacked, call.buffers or {}, call.inputs)
+    compute = _at_once if plan.strategy == "vmap" else _one_by_one
+    size = plan.chunk_size
+    if size is None or size >= call.E:
+        return compute(call, plan, everything)
+    chunks = _split(everything, size, call.member_inputs)
     results = []
-    for i in range(call.E):
-        with _random(randomness, last=i == call.E - 1, devices=[tensor.device for tensor in call.stacked.values()]):
-            results.append(
-                call.member(
-                    {name: parts[i] for name, parts in stacked.items()},
-                    {name: parts[i] for name, parts in buffers.items()},
-                    [parts[i] for parts in inputs],
-                )
-            )
-    leaves = [torch.stack(parts) for parts in zip(*(leaves for leaves, _ in results), strict=True)]
-    return leaves, {name: torch.stack([new[name] for _, new in results]) for name in buffers}
+    for index, chunk in enumerate(chunks):
+        with _random(plan.randomness, last=index == len(chunks) - 1, chunk=chunk):
+            results.append(recomputed(lambda part: compute(call, plan, part), chunk, call.replay))
+    leaves = [_join(parts) for parts in zip(*(leaves for leaves, _ in results), strict=True)]
+    return leaves, {name: torch.cat([new[name] for _, new in results]) for name in everything.buffers}
+
+
+def _at_once(call: Call, plan: Plan, members: Slice) -> Members:
+    """By vmap."""
+    in_dims = (None, 0, 0, 0 if call.member_inputs else None)
+    if not plan.owned:
+        return vmap(call.member, in_dims=in_dims, randomness=plan.randomness)(*members)
+
+    def member(zero: Tensor, *tensors: Any) -> Any:
+        with Owned(zero):
+            return call.member(*tensors)
+
+    first = next(iter(members.stacked.values()))
+    zeros = torch.zeros(first.shape[0], device=first.device)
+    return vmap(member, in_dims=(0, *in_dims), randomness=plan.randomness)(zeros, *members)
+
+
+def _one_by_one(call: Call, plan: Plan, members: Slice) -> Members:
+    """By a loop."""
+    parts = _split(members, 1, call.member_inputs, unbind=True)
+    results = []
+    for index, part in enumerate(parts):
+        with _random(plan.randomness, last=index == len(parts) - 1, chunk=part):
+            results.append(call.member(*part))
+    leaves = [_stack(list(leaf)) for leaf in zip(*(leaves for leaves, _ in results), strict=True)]
+    return leaves, {name: torch.stack([new[name] for _, new in results]) for name in members.buffers}
+
+
+def _split(members: Slice, size: int, member_inputs: bool, unbind: bool = False) -> list[Slice]:
+    """`members` in slices of `size`, or single ones without a leading axis.
+
+    Not by indexing: the backward pass of split and unbind writes every gradient once, where E indexings would add up E
+    of full size.
+    """
+
+    def cut(tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.unbind() if unbind else tensor.split(size)
+
+    stacked = {name: cut(tensor) for name, tensor in members.stacked.items()}
+    buffers = {name: cut(tensor) for name, tensor in members.buffers.items()}
+    count = len(next(iter(stacked.values())))
+    inputs = [cut(x) if member_inputs else (x,) * count for x in members.inputs]
+    return [
+        Slice(
+            members.shared,
+            {name: parts[i] for name, parts in stacked.items()},
+            {name: parts[i] for name, parts in buffers.items()},
+            [parts[i] for parts in inputs],
+        )
+        for i in range(count)
+    ]
+
+
+def _stack(leaves: list[Tensor]) -> Any:
+    """One output of every member: `[k, ...]`, or as they are where their shapes differ."""
+    return torch.stack(leaves) if len({leaf.shape for leaf in leaves}) == 1 else leaves
+
+
+def _join(parts: tuple[Any, ...]) -> Any:
+    """One output of every chunk."""
+    if all(isinstance(part, Tensor) for part in parts) and len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(parts)
+    return [leaf for part in parts for leaf in part]
 
 
 @contextmanager
-def _random(randomness: str, last: bool, devices: Iterable[torch.device]) -> Iterator[None]:
-    """What vmap's `randomness` means for one member of the loop: draws of its own, the same as the others', or none."""
+def _random(randomness: str, last: bool, chunk: Slice) -> Iterator[None]:
+    """What vmap's `randomness` means for one of several parts: draws of its own, the same as the others', or none."""
     if randomness == "different":
         yield
         return
-    cuda = sorted({device.index for device in devices if device.type == "cuda"})
-    before = _random_state(cuda)
+    before = RandomState.of(chunk)
     yield
-    after = _random_state(cuda)
-    if not all(map(torch.equal, before, after)):
+    if not before.equals(RandomState.of(chunk)):
         if randomness == "error":
             raise RuntimeError('randomness="error": the model drew random numbers; "different" and "same" allow it')
         if not last:
-            _set_random_state(before, cuda)
-
-
-def _random_state(cuda: list[int]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in cuda)]
-
-
-def _set_random_state(state: list[Tensor], cuda: list[int]) -> None:
-    torch.set_rng_state(state[0])
-    for index, value in zip(cuda, state[1:], strict=True):
-        torch.cuda.set_rng_state(value, index)
+            before.restore()

@@ -81,21 +81,45 @@ def copy_structure(
 ) -> nn.Module:
     """A deep copy of `model` in which `parameter(p)` and `buffer(b)` stand for its parameters and buffers.
 
-    Ties stay ties. Tensors kept in plain attributes (constants, caches) are cloned without their autograd history.
+    Ties stay ties. Tensors kept in plain attributes (constants, caches) are cloned without their autograd history. What
+    torch.compile has wrapped is there as it was written.
     `memo` is `copy.deepcopy`'s: afterwards its values are all the objects that the copy does not share with `model`.
     """
     memo = {} if memo is None else memo
     for module in model.modules():
-        for _, value in reachable(module):
+        for _, value in () if is_compiled(module) else reachable(module):
             if isinstance(value, Tensor):
                 memo[id(value)] = value.detach().clone()
     memo.update({id(b): buffer(b) for b in model.buffers()})
     memo.update({id(p): nn.Parameter(parameter(p.detach()), requires_grad=p.requires_grad) for p in model.parameters()})
     try:
+        for module in reversed(list(model.modules())):  # the innermost first
+            if is_compiled(module):
+                memo[id(module)] = _AsWritten(copy.deepcopy(module._modules["_orig_mod"], memo), module.training)
         return copy.deepcopy(model, memo)
     except Exception as error:
         error.add_note(f"functorch_ens: {type(model).__name__} could not be copied; copy.deepcopy(model) must work")
         raise
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module` is what `torch.compile` has made of another."""
+    return "_orig_mod" in module._modules and "dynamo_ctx" in vars(module)
+
+
+class _AsWritten(nn.Module):
+    """Stands where a compiled module is: the module it was made from, under the same names."""
+
+    def __init__(self, module: Any, training: bool) -> None:
+        super().__init__()
+        self._orig_mod = module
+        self.training = training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
 
 
 # What holds attributes, but is not part of the state of the module that refers to it.
@@ -135,15 +159,17 @@ def reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def check_replaceable(model: nn.Module) -> None:
     """ValueError where the parameters of `model` cannot be replaced for a call.
 
-    That is where a module is compiled code, or reads a parameter past the place where it is registered.
+    That is where a module is TorchScript, or reads a parameter past the place where it is registered.
     """
     tensors = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     for prefix, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or "_orig_mod" in module._modules:
+        if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"model: {prefix!r} is compiled, a {type(module).__name__}; give the module that it was made from, and "
-                "compile the forward instead"
+                f"model: {prefix!r} is a {type(module).__name__}, whose parameters are part of its compiled code; give "
+                "the module that it was made from, and compile the forward instead"
             )
+        if is_compiled(module):
+            continue
         for name, value in reachable(module):
             cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
             inside = [cell for cell in cells if isinstance(cell, nn.Module) and any(True for _ in cell.parameters())]

@@ -8,11 +8,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.backends.mha
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import checkpoint
 
-from functorch_ens.pure import pure_forward
+from functorch_ens.pure import purify
 from functorch_ens.rank1 import Layout, Rank1, Rule, layout_of, rank1_layouts, rank1_names, rule_of
 from functorch_ens.snapshot import Snapshot
 from functorch_ens.structure import buffer_sites, check_replaceable, copy_structure, parameter_sites
@@ -31,9 +31,7 @@ class Template:
         self._module = copy_structure(model, _on_meta, _on_meta, memo)
         self._pairs = list(zip(model.modules(), self._module.modules(), strict=True))
         for module in self._module.modules():
-            if (forward := pure_forward(module)) is not None:
-                kind: Any = type(module)
-                module.__class__ = _pure_class(kind, forward)
+            purify(module)
         self._aliases = _install_rank1(self._module) | {
             name: [site.name for site in places] for name, places in buffer_sites(self._module).items()
         }
@@ -49,34 +47,63 @@ class Template:
         """The output of one member with the parameters `tensors`, and what its `buffers`, written in place, became."""
         given = {alias: tensor for name, tensor in {**tensors, **buffers}.items() for alias in self._aliases[name]}
         try:
-            # torch.compile cannot trace the switch of the fast path.
-            with nullcontext() if torch.compiler.is_compiling() else _differentiable_attention():
+            with nullcontext() if torch.compiler.is_compiling() else _without_checkpoints():
                 output = functional_call(self._module, given, args, kwargs, tie_weights=False)
         finally:
             self._pristine.restore()
         # functional_call writes what the forward assigned to its buffers back to the dict that it was given.
         return output, {name: given[name] for name in buffers}
 
-    def follow(self) -> None:
-        """Take over which modules of the model are in training mode."""
-        for module, own in self._pairs:
-            own.training = module.training  # without a look at what it was, which torch.compile would guard on
+    def modes(self) -> list[bool]:
+        """Which modules of the model are in training mode."""
+        return [module.training for module, _ in self._pairs]
 
+    def follow(self, modes: list[bool]) -> None:
+        """Take over which modules are in training mode."""
+        for (_, own), mode in zip(self._pairs, modes, strict=True):
+            own.training = mode  # without a look at what it was, which torch.compile would guard on
 
-@cache
-def _pure_class(cls: Any, forward: Callable[..., Any]) -> type[nn.Module]:
-    return type(cls.__name__, (cls,), {"forward": forward})
+    def name_of(self, module: Any) -> str | None:
+        """What the model calls the part that `module`, a part of the template, stands for; None where it is no part."""
+        return next((name for name, own in self._module.named_modules() if own is module), None)
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
-    """Without the inference fast path of torch's transformer layers, which has no derivative and no batching rule."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _without_checkpoints() -> Iterator[None]:
+    """`torch.utils.checkpoint` just calls the function that it is given.
+
+    Its second call of it, in the backward pass, would need the tensors of a member that are here for this call alone;
+    and torch.func cannot follow it. `chunk_size` is what saves this memory.
+    """
+    own = {name: getattr(checkpoint, name) for name in _CHECKPOINTS}
+    for name, plain in _CHECKPOINTS.items():
+        setattr(checkpoint, name, plain)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        for name, function in own.items():
+            setattr(checkpoint, name, function)
+
+
+def _no_hooks(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield  # checkpoint calls the function between the first and the second step
+
+
+class _NoRecompute:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+_CHECKPOINTS: dict[str, Any] = {
+    name: plain
+    for name, plain in {
+        "_checkpoint_without_reentrant_generator": _no_hooks,  # torch 2.11
+        "_checkpoint_without_reentrant_generator_impl": _no_hooks,
+        "CheckpointFunction": _NoRecompute,
+    }.items()
+    if hasattr(checkpoint, name)
+}
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

@@ -1,0 +1,380 @@
+"""Which models become ensembles, and how: every layer of torch.nn, ways to write a model, all of torchvision.
+
+Each model is tried as a classic ensemble and as a BatchEnsemble, in eval and in training mode. Outputs, new buffers and
+gradients must equal those of a plain Python loop over E ordinary networks with the members' weights.
+
+    python benchmarks/coverage.py                            everything; an hour or two on two cores
+    python benchmarks/coverage.py --family nn written        a few minutes
+    python benchmarks/coverage.py --only 'resnet*' swin_t
+    python benchmarks/coverage.py --factory package.module:build
+
+A factory takes no arguments and returns a model and the positional arguments of one call of it, as a tuple.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import importlib
+import json
+import logging
+import multiprocessing
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+from zoo import FAMILIES, Case, Sample, cases
+
+import functorch_ens as fe
+
+RUNS = [(kind, mode) for kind in ("classic", "BatchEnsemble") for mode in ("eval", "train")]
+_LARGE = 80_000_000  # parameters above which a model is tried in float32 and with a part of its gradients, for memory
+_TOLERANCE = {
+    torch.complex128: 1e-7,
+    torch.float64: 1e-7,
+    torch.float32: 1e-2,
+}  # of the largest value; deep networks amplify rounding
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all of them")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", default=["*"], help="models whose name matches one")
+    parser.add_argument("--factory", metavar="MODULE:FUNCTION", help="try a model of your own instead")
+    parser.add_argument("--members", type=int, default=2, metavar="E", help="size of the ensembles (default: 2)")
+    parser.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds for one model (default: 900)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    options = parser.parse_args()
+    if options.members < 1:
+        parser.error(f"--members: expected at least 1, got {options.members}")
+    if options.factory:
+        chosen = [_from_factory(options.factory, parser)]
+    else:
+        every = [case for family in options.family for case in cases(family)]
+        chosen = [case for case in every if any(fnmatchcase(case.name, pattern) for pattern in options.only)]
+        if not chosen:
+            parser.error(f"--only: {options.only} matches no model of {options.family}")
+
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    bar = tqdm(chosen, disable=None, unit="model")
+    for case in bar:
+        bar.set_postfix_str(case.name)
+        results[f"{case.family}/{case.name}"] = _isolated(case, options.members, options.timeout)
+        if options.json:
+            part = options.json.with_suffix(".part")
+            part.write_text(json.dumps({"torch": torch.__version__, "E": options.members, "models": results}, indent=1))
+            part.replace(options.json)
+    print(report(results))
+    sys.exit(any(run["by"] == "fails" for runs in results.values() for run in runs.values()))
+
+
+def _from_factory(path: str, parser: argparse.ArgumentParser) -> Case:
+    """The case of a user's own model; `parser.error` where `path` does not lead to a function."""
+    module, _, function = path.partition(":")
+    sys.path.insert(0, "")
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        parser.error(f"--factory: expected package.module:function, got {path!r}: {error}")
+
+    def make() -> Sample:
+        model, *args = build()
+        return Sample(model, tuple(args), {})
+
+    return Case("factory", path, make)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One model
+
+
+def _isolated(case: Case, E: int, timeout: float) -> dict[str, dict[str, Any]]:
+    """What `attempt` finds of each run, in a process of its own: its memory comes back, and a crash ends it alone."""
+    context = multiprocessing.get_context("fork")  # this process computes nothing, so it has no threads to lose
+    results: dict[str, dict[str, Any]] = {}
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_attempt_all, args=(case, E, send), daemon=True)
+    process.start()
+    send.close()
+    deadline = time.monotonic() + timeout
+    try:
+        while len(results) < len(RUNS) and receive.poll(max(0.0, deadline - time.monotonic())):
+            name, result = receive.recv()
+            results[name] = result
+    except EOFError:
+        pass
+    late = process.is_alive() and len(results) < len(RUNS)
+    if late:
+        process.kill()
+    process.join()
+    why = f"no answer in {timeout:g} s" if late else f"the process ended, exit code {process.exitcode}"
+    return {" ".join(run): results.get(" ".join(run), {"by": "fails", "reason": why}) for run in RUNS}
+
+
+def _attempt_all(case: Case, E: int, send: Connection) -> None:
+    warnings.simplefilter("ignore")
+    logging.disable()  # what it would say is in the table
+    for kind, mode in RUNS:
+        try:
+            result = attempt(case, kind, mode, E)
+        except Exception as error:
+            result = {"by": "fails", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        send.send((f"{kind} {mode}", result))
+        gc.collect()
+
+
+class Trial:
+    """One model as one `kind` of ensemble in one `mode`, in the dtype that it has or in float64."""
+
+    def __init__(self, case: Case, kind: str, mode: str, E: int, double: bool) -> None:
+        torch.manual_seed(0)
+        self.case, self.mode = case, mode
+        self.model, self.args, self.kwargs = case.make()
+        self.model.train(mode == "train")
+        self.large = sum(parameter.numel() for parameter in self.model.parameters()) > _LARGE
+        if double and not self.large:
+            self.model._apply(_to_double)
+            self.args, self.kwargs = pytree.tree_map(_to_double, (self.args, self.kwargs))
+        self.params = ensemble(self.model, kind, E)
+        self.buffers = fe.ensemble_buffers(self.model, E)
+
+    def plain(self) -> Any:
+        """The outputs and new buffers of a loop over ordinary modules."""
+        torch.manual_seed(1)
+        return plain_loop(self.case, self.model, self.params, self.buffers, self.args, self.kwargs)
+
+    def run(self, forward: fe.Forward) -> Any:
+        """The outputs and new buffers of `forward`."""
+        torch.manual_seed(1)
+        return forward(self.params, *self.args, buffers=self.buffers, **self.kwargs)
+
+    def gradients(self, output: Any) -> list[Tensor]:
+        return gradients(output, self.params, self.large)
+
+    def step(self, forward: fe.Forward) -> None:
+        """What is timed: a gradient in training mode, a forward alone in eval mode."""
+        if self.mode == "train":
+            self.gradients(self.run(forward))
+        else:
+            with torch.no_grad():
+                self.run(forward)
+
+
+def attempt(case: Case, kind: str, mode: str, E: int) -> dict[str, Any]:
+    """Try one model as one `kind` of ensemble: by which strategy, why, its error, and the time ratio vmap / loop."""
+    trial = Trial(case, kind, mode, E, double=False)
+    try:
+        trial.plain()
+    except Exception as error:
+        return {"by": "refused", "reason": f"the model itself: {type(error).__name__}: {error}".partition("\n")[0]}
+    auto, loop = fe.make_forward(trial.model), fe.make_forward(trial.model, strategy="loop")
+    trial.step(auto)
+    result: dict[str, Any] = {"by": auto.strategy, "reason": auto.reason}
+    if auto.strategy == "vmap":
+        result["ratio"] = _ratio(lambda: trial.step(auto), lambda: trial.step(loop))
+
+    if not trial.large:
+        trial = Trial(case, kind, mode, E, double=True)
+    try:
+        want = trial.plain()
+    except Exception:  # some models compute in float32 inside whatever they are given
+        trial = Trial(case, kind, mode, E, double=False)
+        want = trial.plain()
+    want_gradients = trial.gradients(want)
+    tolerance = max(_TOLERANCE[t.dtype] for t in trial.params.stacked.values() if t.dtype in _TOLERANCE)
+    for strategy in dict.fromkeys([auto.strategy, "loop"]):
+        # "same": one noise for all members, so that dropout can be compared with the loop's.
+        got = trial.run(fe.make_forward(trial.model, strategy=strategy, randomness="same"))
+        errors = difference(got, want), difference(trial.gradients(got), want_gradients)
+        result[f"error, {strategy}"] = max(errors)
+        if not max(errors) <= tolerance:
+            what = f"{strategy}: differs from the loop by {errors[0]:.1g} in outputs, {errors[1]:.1g} in gradients"
+            return {**result, "by": "fails", "reason": what}
+        del got
+    return result
+
+
+def _to_double(value: Any) -> Any:
+    """Floating numbers in float64, complex ones in complex128, the rest as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.double() if value.is_floating_point() else value.cdouble() if value.is_complex() else value
+
+
+def ensemble(model: nn.Module, kind: str, E: int) -> fe.EnsembleParams:
+    """Members that differ, and are not far from the model, so that deep networks stay in range."""
+    generator = torch.Generator().manual_seed(2)
+    if kind == "BatchEnsemble":
+        return fe.batchensemble_params(model, E, r_std=0.1, s_std=0.1, generator=generator)
+    params = fe.ensemble_params(model, E, reset=False)
+    with torch.no_grad():
+        for stack in params.stacked.values():
+            noise = torch.randn(stack.shape, generator=generator, dtype=stack.real.dtype)
+            stack += 0.05 * noise * stack.abs().mean()
+    return params
+
+
+def plain_loop(
+    case: Case,
+    model: nn.Module,
+    params: fe.EnsembleParams,
+    buffers: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Every member as an ordinary module that holds its own weights; outputs and new buffers, stacked."""
+    outputs, new = [], []
+    for i in range(params.E):
+        torch.manual_seed(1)
+        member = _member(case, model, fe.member_params(model, params, i), {n: b[i].clone() for n, b in buffers.items()})
+        outputs.append(member(*args, **kwargs))
+        new.append(dict(member.named_buffers()))
+    output = pytree.tree_map(_stack, *map(_open, outputs))
+    return output, {name: torch.stack([each[name] for each in new]) for name in buffers}
+
+
+def _member(case: Case, model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> nn.Module:
+    """A copy of `model` in which `weights`, as they are in the autograd graph, stand for its parameters for good."""
+    try:
+        member = copy.deepcopy(model)
+    except RuntimeError:  # torch copies no tensor that has a history, as old weight_norm keeps one
+        torch.manual_seed(0)
+        member = case.make().model.to(next(iter(weights.values())).dtype).train(model.training)
+    for module in member.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # a gradient that comes from one member's part of a stack cannot be sparse
+    sites = [(module, leaf) for module in member.modules() for leaf in module._parameters]
+    names = {id(p): name for name, p in member.named_parameters()}
+    for module, leaf in sites:
+        if (parameter := module._parameters[leaf]) is not None:
+            del module._parameters[leaf]
+            setattr(module, leaf, weights[names[id(parameter)]])
+    kept = {id(b): name for name, b in member.named_buffers()}
+    for module in member.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[leaf] = buffers[kept[id(buffer)]]
+    return member
+
+
+def _open(output: Any) -> Any:
+    """A dataclass as a dict of its fields: pytrees do not know it."""
+    return vars(output) if hasattr(output, "__dataclass_fields__") else output
+
+
+def _stack(*leaves: Any) -> Any:
+    if not isinstance(leaves[0], Tensor):
+        return leaves[0]
+    return torch.stack(leaves) if len({leaf.shape for leaf in leaves}) == 1 else list(leaves)
+
+
+def gradients(output: Any, params: fe.EnsembleParams, part: bool) -> list[Tensor]:
+    """The gradient, in all parameters or a part of them, of a fixed random combination of the outputs."""
+    leaves = [leaf for leaf in pytree.tree_leaves(_open(output[0])) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    trained = [tensor for group in params for tensor in group.values() if tensor.requires_grad]
+    if part:
+        trained = trained[::16]
+    generator = torch.Generator().manual_seed(3)
+    total = sum(
+        (leaf * torch.randn(leaf.shape, generator=generator).to(leaf.real.dtype)).sum().real.double() for leaf in leaves
+    )
+    if not isinstance(total, Tensor):
+        return []
+    if part:
+        found: Any = torch.autograd.grad(total, trained, allow_unused=True)
+    else:  # reentrant checkpointing knows this way alone
+        total.backward()  # type: ignore[no-untyped-call]
+        found = [tensor.grad for tensor in trained]
+        for tensor in trained:
+            tensor.grad = None
+    return [torch.zeros(()) if g is None else g.to_dense() if g.is_sparse else g for g in found]
+
+
+def difference(got: Any, want: Any) -> float:
+    """The largest difference between two pytrees, as a part of the largest value; infinite where the forms differ."""
+    mine = [leaf for leaf in pytree.tree_leaves(pytree.tree_map(_open, got)) if isinstance(leaf, Tensor)]
+    theirs = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
+    if [leaf.shape for leaf in mine] != [leaf.shape for leaf in theirs]:
+        return float("inf")
+    scale = max([1e-30, *(leaf.abs().max().item() for leaf in theirs if leaf.numel())])
+    apart = [
+        0.0,
+        *((a - b).abs().max().item() for a, b in zip(mine, theirs, strict=True) if a.numel() and a.dtype != torch.bool),
+    ]
+    return max(apart) / scale
+
+
+def _ratio(first: Callable[[], None], second: Callable[[], None], rounds: int = 3, seconds: float = 3) -> float:
+    """The time of `first` over that of `second`: the median of interleaved rounds, fewer where they take long."""
+    ratios: list[float] = []
+    second()
+    begun = time.perf_counter()
+    while len(ratios) < rounds and (not ratios or time.perf_counter() - begun < seconds):
+        times = []
+        for function in (first, second):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        ratios.append(times[0] / times[1])
+    return median(ratios)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What was found
+
+
+def report(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The table by model, the reasons of those that are not by vmap, and the totals."""
+    runs = [" ".join(run) for run in RUNS]
+    rows = [["model", *runs]] + [[name, *(_cell(found[run]) for run in runs)] for name, found in results.items()]
+    parts = ["vmap: all members at once, with its time over the loop's; loop: one after another.\n\n" + aligned(rows)]
+    others = {
+        f"{name} ({', '.join(run for run in runs if found[run]['by'] == by)})": f"{by}: {reason}"
+        for name, found in results.items()
+        for by, reason in dict.fromkeys((found[run]["by"], found[run]["reason"]) for run in runs)
+        if by != "vmap"
+    }
+    if others:
+        parts.append("Not by vmap\n" + "\n".join(f"  {name}\n    {reason}" for name, reason in others.items()))
+    families = dict.fromkeys(name.partition("/")[0] for name in results)
+    totals = [["family", "models", "runs", "vmap", "loop", "refused", "fails", "median ratio", "slowest ratio"]]
+    for family in [*families, "all"] if len(families) > 1 else families:
+        mine = [found for name, found in results.items() if family in ("all", name.partition("/")[0])]
+        every = [run for found in mine for run in found.values()]
+        count = Counter(run["by"] for run in every)
+        ratios = [run["ratio"] for run in every if "ratio" in run]
+        numbers = [len(mine), len(every), *(count[by] for by in ("vmap", "loop", "refused", "fails"))]
+        spread = [f"{median(ratios):.2f}", f"{max(ratios):.2f}"] if ratios else ["-", "-"]
+        totals.append([family, *map(str, numbers), *spread])
+    parts.append("Totals (refused: the model itself cannot do it, in any loop)\n\n" + aligned(totals))
+    return "\n\n".join(parts)
+
+
+def _cell(run: dict[str, Any]) -> str:
+    return f"{run['by']} {run['ratio']:.2f}" if "ratio" in run else run["by"]
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A table: the first column to the left, the others to the right, a line below the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+if __name__ == "__main__":
+    main()
