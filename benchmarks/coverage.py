@@ -14,7 +14,6 @@ A factory takes no arguments and returns a model and the positional arguments of
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import importlib
 import json
@@ -32,6 +31,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from plain import opened, plain_loop
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
@@ -40,7 +40,9 @@ from zoo import FAMILIES, Case, Sample, cases
 import functorch_ens as fe
 
 RUNS = [(kind, mode) for kind in ("classic", "BatchEnsemble") for mode in ("eval", "train")]
-_LARGE = 80_000_000  # parameters above which a model is tried in float32 and with a part of its gradients, for memory
+_LARGE = (
+    10_000_000  # parameters above which a model is tried in float32, by its own strategy alone, with some gradients
+)
 _TOLERANCE = {
     torch.complex128: 1e-7,
     torch.float64: 1e-7,
@@ -55,7 +57,8 @@ def main() -> None:
     parser.add_argument("--factory", metavar="MODULE:FUNCTION", help="try a model of your own instead")
     parser.add_argument("--members", type=int, default=2, metavar="E", help="size of the ensembles (default: 2)")
     parser.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds for one model (default: 900)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there, after each model")
+    parser.add_argument("--resume", action="store_true", help="take what is in the --json FILE already as done")
     options = parser.parse_args()
     if options.members < 1:
         parser.error(f"--members: expected at least 1, got {options.members}")
@@ -68,9 +71,16 @@ def main() -> None:
             parser.error(f"--only: {options.only} matches no model of {options.family}")
 
     results: dict[str, dict[str, dict[str, Any]]] = {}
+    if options.resume:
+        if not options.json:
+            parser.error("--resume: expected --json FILE too")
+        if options.json.exists():
+            results = json.loads(options.json.read_text())["models"]
     bar = tqdm(chosen, disable=None, unit="model")
     for case in bar:
         bar.set_postfix_str(case.name)
+        if f"{case.family}/{case.name}" in results:
+            continue
         results[f"{case.family}/{case.name}"] = _isolated(case, options.members, options.timeout)
         if options.json:
             part = options.json.with_suffix(".part")
@@ -126,9 +136,10 @@ def _isolated(case: Case, E: int, timeout: float) -> dict[str, dict[str, Any]]:
 def _attempt_all(case: Case, E: int, send: Connection) -> None:
     warnings.simplefilter("ignore")
     logging.disable()  # what it would say is in the table
+    single, double = samples(case)
     for kind, mode in RUNS:
         try:
-            result = attempt(case, kind, mode, E)
+            result = attempt(kind, mode, E, single, double)
         except Exception as error:
             result = {"by": "fails", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]}
         send.send((f"{kind} {mode}", result))
@@ -136,24 +147,20 @@ def _attempt_all(case: Case, E: int, send: Connection) -> None:
 
 
 class Trial:
-    """One model as one `kind` of ensemble in one `mode`, in the dtype that it has or in float64."""
+    """One model as one `kind` of ensemble in one `mode`."""
 
-    def __init__(self, case: Case, kind: str, mode: str, E: int, double: bool) -> None:
-        torch.manual_seed(0)
-        self.case, self.mode = case, mode
-        self.model, self.args, self.kwargs = case.make()
+    def __init__(self, sample: Sample, kind: str, mode: str, E: int) -> None:
+        self.mode = mode
+        self.model, self.args, self.kwargs = sample
         self.model.train(mode == "train")
-        self.large = sum(parameter.numel() for parameter in self.model.parameters()) > _LARGE
-        if double and not self.large:
-            self.model._apply(_to_double)
-            self.args, self.kwargs = pytree.tree_map(_to_double, (self.args, self.kwargs))
+        self.part = _parameters(self.model) > _LARGE
         self.params = ensemble(self.model, kind, E)
         self.buffers = fe.ensemble_buffers(self.model, E)
 
     def plain(self) -> Any:
         """The outputs and new buffers of a loop over ordinary modules."""
-        torch.manual_seed(1)
-        return plain_loop(self.case, self.model, self.params, self.buffers, self.args, self.kwargs)
+        weights = [fe.member_params(self.model, self.params, i) for i in range(self.params.E)]
+        return plain_loop(self.model, weights, self.buffers, self.args, self.kwargs, seed=1)
 
     def run(self, forward: fe.Forward) -> Any:
         """The outputs and new buffers of `forward`."""
@@ -161,7 +168,7 @@ class Trial:
         return forward(self.params, *self.args, buffers=self.buffers, **self.kwargs)
 
     def gradients(self, output: Any) -> list[Tensor]:
-        return gradients(output, self.params, self.large)
+        return gradients(output, self.params, self.part)
 
     def step(self, forward: fe.Forward) -> None:
         """What is timed: a gradient in training mode, a forward alone in eval mode."""
@@ -172,9 +179,12 @@ class Trial:
                 self.run(forward)
 
 
-def attempt(case: Case, kind: str, mode: str, E: int) -> dict[str, Any]:
-    """Try one model as one `kind` of ensemble: by which strategy, why, its error, and the time ratio vmap / loop."""
-    trial = Trial(case, kind, mode, E, double=False)
+def attempt(kind: str, mode: str, E: int, single: Sample, double: Sample) -> dict[str, Any]:
+    """Try one model as one `kind` of ensemble: by which strategy, why, its error, and the time ratio vmap / loop.
+
+    `single` is timed; `double`, the same in float64 where memory allows, is compared with the plain loop.
+    """
+    trial = Trial(single, kind, mode, E)
     try:
         trial.plain()
     except Exception as error:
@@ -185,16 +195,15 @@ def attempt(case: Case, kind: str, mode: str, E: int) -> dict[str, Any]:
     if auto.strategy == "vmap":
         result["ratio"] = _ratio(lambda: trial.step(auto), lambda: trial.step(loop))
 
-    if not trial.large:
-        trial = Trial(case, kind, mode, E, double=True)
+    trial = Trial(double, kind, mode, E)
     try:
         want = trial.plain()
-    except Exception:  # some models compute in float32 inside whatever they are given
-        trial = Trial(case, kind, mode, E, double=False)
+    except Exception:  # some models compute in float32 inside, whatever they are given
+        trial = Trial(single, kind, mode, E)
         want = trial.plain()
     want_gradients = trial.gradients(want)
     tolerance = max(_TOLERANCE[t.dtype] for t in trial.params.stacked.values() if t.dtype in _TOLERANCE)
-    for strategy in dict.fromkeys([auto.strategy, "loop"]):
+    for strategy in dict.fromkeys([result["by"], *([] if trial.part else ["loop"])]):
         # "same": one noise for all members, so that dropout can be compared with the loop's.
         got = trial.run(fe.make_forward(trial.model, strategy=strategy, randomness="same"))
         errors = difference(got, want), difference(trial.gradients(got), want_gradients)
@@ -206,86 +215,48 @@ def attempt(case: Case, kind: str, mode: str, E: int) -> dict[str, Any]:
     return result
 
 
+def samples(case: Case) -> tuple[Sample, Sample]:
+    """The model as it is made, and a copy in float64; the same twice where it is large."""
+    torch.manual_seed(0)
+    single = case.make()
+    if _parameters(single.model) > _LARGE:
+        return single, single
+    torch.manual_seed(0)
+    model, args, kwargs = case.make()
+    model._apply(_to_double)
+    return single, Sample(model, *pytree.tree_map(_to_double, (args, kwargs)))
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _to_double(value: Any) -> Any:
     """Floating numbers in float64, complex ones in complex128, the rest as it is."""
     if not isinstance(value, Tensor):
         return value
-    return value.double() if value.is_floating_point() else value.cdouble() if value.is_complex() else value
+    return value.double() if value.is_floating_point() else value.to(torch.complex128) if value.is_complex() else value
 
 
 def ensemble(model: nn.Module, kind: str, E: int) -> fe.EnsembleParams:
     """Members that differ, and are not far from the model, so that deep networks stay in range."""
-    generator = torch.Generator().manual_seed(2)
     if kind == "BatchEnsemble":
+        generator = torch.Generator().manual_seed(2)
         return fe.batchensemble_params(model, E, r_std=0.1, s_std=0.1, generator=generator)
     params = fe.ensemble_params(model, E, reset=False)
     with torch.no_grad():
-        for stack in params.stacked.values():
-            noise = torch.randn(stack.shape, generator=generator, dtype=stack.real.dtype)
-            stack += 0.05 * noise * stack.abs().mean()
+        for stack in params.stacked.values():  # the same values in other places: cheaper than random numbers
+            for i, own in enumerate(stack):
+                own.copy_(own.flatten().roll(i).reshape(own.shape) * (1 + 0.1 * i))
     return params
-
-
-def plain_loop(
-    case: Case,
-    model: nn.Module,
-    params: fe.EnsembleParams,
-    buffers: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Every member as an ordinary module that holds its own weights; outputs and new buffers, stacked."""
-    outputs, new = [], []
-    for i in range(params.E):
-        torch.manual_seed(1)
-        member = _member(case, model, fe.member_params(model, params, i), {n: b[i].clone() for n, b in buffers.items()})
-        outputs.append(member(*args, **kwargs))
-        new.append(dict(member.named_buffers()))
-    output = pytree.tree_map(_stack, *map(_open, outputs))
-    return output, {name: torch.stack([each[name] for each in new]) for name in buffers}
-
-
-def _member(case: Case, model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> nn.Module:
-    """A copy of `model` in which `weights`, as they are in the autograd graph, stand for its parameters for good."""
-    try:
-        member = copy.deepcopy(model)
-    except RuntimeError:  # torch copies no tensor that has a history, as old weight_norm keeps one
-        torch.manual_seed(0)
-        member = case.make().model.to(next(iter(weights.values())).dtype).train(model.training)
-    for module in member.modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            module.sparse = False  # a gradient that comes from one member's part of a stack cannot be sparse
-    sites = [(module, leaf) for module in member.modules() for leaf in module._parameters]
-    names = {id(p): name for name, p in member.named_parameters()}
-    for module, leaf in sites:
-        if (parameter := module._parameters[leaf]) is not None:
-            del module._parameters[leaf]
-            setattr(module, leaf, weights[names[id(parameter)]])
-    kept = {id(b): name for name, b in member.named_buffers()}
-    for module in member.modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[leaf] = buffers[kept[id(buffer)]]
-    return member
-
-
-def _open(output: Any) -> Any:
-    """A dataclass as a dict of its fields: pytrees do not know it."""
-    return vars(output) if hasattr(output, "__dataclass_fields__") else output
-
-
-def _stack(*leaves: Any) -> Any:
-    if not isinstance(leaves[0], Tensor):
-        return leaves[0]
-    return torch.stack(leaves) if len({leaf.shape for leaf in leaves}) == 1 else list(leaves)
 
 
 def gradients(output: Any, params: fe.EnsembleParams, part: bool) -> list[Tensor]:
     """The gradient, in all parameters or a part of them, of a fixed random combination of the outputs."""
-    leaves = [leaf for leaf in pytree.tree_leaves(_open(output[0])) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = [leaf for leaf in pytree.tree_leaves(opened(output[0])) if isinstance(leaf, Tensor) and leaf.requires_grad]
     trained = [tensor for group in params for tensor in group.values() if tensor.requires_grad]
     if part:
-        trained = trained[::16]
+        trained = trained[::8]
     generator = torch.Generator().manual_seed(3)
     total = sum(
         (leaf * torch.randn(leaf.shape, generator=generator).to(leaf.real.dtype)).sum().real.double() for leaf in leaves
@@ -295,7 +266,7 @@ def gradients(output: Any, params: fe.EnsembleParams, part: bool) -> list[Tensor
     if part:
         found: Any = torch.autograd.grad(total, trained, allow_unused=True)
     else:  # reentrant checkpointing knows this way alone
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         found = [tensor.grad for tensor in trained]
         for tensor in trained:
             tensor.grad = None
@@ -304,7 +275,7 @@ def gradients(output: Any, params: fe.EnsembleParams, part: bool) -> list[Tensor
 
 def difference(got: Any, want: Any) -> float:
     """The largest difference between two pytrees, as a part of the largest value; infinite where the forms differ."""
-    mine = [leaf for leaf in pytree.tree_leaves(pytree.tree_map(_open, got)) if isinstance(leaf, Tensor)]
+    mine = [leaf for leaf in pytree.tree_leaves(pytree.tree_map(opened, got)) if isinstance(leaf, Tensor)]
     theirs = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
     if [leaf.shape for leaf in mine] != [leaf.shape for leaf in theirs]:
         return float("inf")

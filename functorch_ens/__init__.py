@@ -1,16 +1,19 @@
 """Ensembles of any PyTorch model, classic (deep) ones and BatchEnsemble, as pure functions of a parameter pytree."""
 
+from functorch_ens.describe import Description, describe
 from functorch_ens.forward import Forward, make_forward
 from functorch_ens.params import EnsembleParams, batchensemble_params, ensemble_buffers, ensemble_params
 from functorch_ens.rank1 import Layout, Rank1, rank1_layout, rank1_rule
 from functorch_ens.stacking import member_params, stack_buffers, stack_params
 
 __all__ = [
+    "Description",
     "EnsembleParams",
     "Forward",
     "Layout",
     "Rank1",
     "batchensemble_params",
+    "describe",
     "ensemble_buffers",
     "ensemble_params",
     "make_forward",

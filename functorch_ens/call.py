@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from functorch_ens.outputs import Form, take_apart
@@ -24,7 +24,6 @@ class Call:
     def __init__(
         self,
         template: Template,
-        model: nn.Module,
         E: int,
         params: EnsembleParams,
         buffers: Mapping[str, Tensor] | None,
@@ -41,8 +40,7 @@ class Call:
         self.member_inputs = member_inputs
         self.modes = template.modes()
         self._template = template
-        self._own_buffers = dict(model.named_buffers()) if buffers is None else {}
-        self._kind = type(model).__name__
+        self._own_buffers = template.own_buffers() if buffers is None else {}
         given = [] if torch.compiler.is_compiling() else [*params.shared.items(), *params.stacked.items()]
         self._versions = [(name, tensor, tensor._version) for name, tensor in given]
         if member_inputs:
@@ -102,7 +100,7 @@ class Call:
         written = [name for name, tensor, version in self._versions if tensor._version != version]
         if written:
             raise ValueError(
-                f"model: {self._kind} writes in place to its parameters {written}, which would change params; "
+                f"model: {self._template.kind} writes in place to its parameters {written}, which would change params; "
                 "do that outside its forward"
             )
 

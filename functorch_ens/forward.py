@@ -47,30 +47,38 @@ def make_forward(
     torch.Size([5, 7, 2])
 
     Args:
-        model: the network; it is only read. Its structure is read now, its training mode at each call.
+        model: the network; it is only read. Its structure is read now, its training mode at each call. What is wrapped
+            by torch.compile is taken as it was written: compile the forward instead.
         strategy: `"vmap"` computes all members at once; `"loop"` one after another, which works for any model; `"auto"`
-            takes vmap, or the loop where vmap cannot serve the model. The choice is logged, and is `forward.strategy`.
-        chunk_size: how many members vmap computes at once; None is all.
+            takes vmap, or the loop where vmap cannot serve the model. The choice is logged, and is `forward.strategy`;
+            `forward.reason` says why.
+        chunk_size: how many members are computed at once, or gone through before the next ones; None is all. Also what
+            a backward pass keeps in memory is that of `chunk_size` members: the others' is computed again when it is
+            needed, for the time of one more forward. (Inside `torch.compile` nothing is computed again.)
         randomness: `"different"` dropout for every member, the `"same"`, or `"error"` where anything is random.
         member_inputs: False gives every input `[B, ...]` to each member. True: every tensor input is `[E, B, ...]`, and
             member i gets `[i]`.
 
     Returns:
         `forward(params, *args, buffers=None, **kwargs)`, which calls the model with `args` and `kwargs`. Every tensor
-        in its output, any pytree, has gained a leading member axis `[E, ...]`. With `buffers=` (`ensemble_buffers`) it
-        returns the output and the new buffers; without, it reads the model's own. Safe in `torch.func` transforms and
-        `torch.compile`.
+        in its output, any pytree or dataclass, has gained a leading member axis `[E, ...]`; one whose shape differs
+        between members (the boxes that a detector finds) has become a list of E tensors. With `buffers=`
+        (`ensemble_buffers`) it returns the output and the new buffers; without, it reads the model's own. Safe in
+        `torch.func` transforms and `torch.compile`.
 
     Raises:
-        TypeError, ValueError: here, for unknown options; by `forward`, where `params`, `buffers` or the member axis of
-            an input do not fit the model, or where the model would update buffers (BatchNorm in training mode) that
-            were not given. The model's own errors come through, with a note on the member axis.
-        RuntimeError: by `forward`, where vmap cannot serve the model and was asked for, or where `randomness="error"`
-            and the model draws random numbers.
+        TypeError, ValueError: here, for unknown options and for models whose parameters cannot be replaced; by
+            `forward`, where `params`, `buffers` or the member axis of an input do not fit the model, or where the model
+            would update buffers (BatchNorm in training mode) that were not given. The model's own errors come through,
+            with a note on the member axis.
+        RuntimeError: where `strategy="vmap"` cannot serve the model, naming the module and the operation (here where
+            the model shows it, else by `forward`); by `forward`, where `randomness="error"` and the model draws random
+            numbers.
 
-    Inside `torch.compile(fullgraph=True)` nothing can be tried: `"auto"` does not fall back there (call once without,
-    and the choice is made), an update in place of a buffer other than a norm's is not noticed, and the loop knows no
-    `randomness` but `"different"`.
+    `torch.utils.checkpoint` inside the model has no effect: `chunk_size` is what saves that memory. The gradients of
+    sparse embeddings are dense. Inside `torch.compile(fullgraph=True)` nothing can be tried: `"auto"` does not fall
+    back there (call once without, and the choice is made), an update in place of a buffer other than a norm's, or of a
+    tensor in a plain attribute, is not noticed, and the loop knows no `randomness` but `"different"`.
     """
     check_option(strategy, ("auto", "vmap", "loop"), "strategy")
     check_option(randomness, ("different", "same", "error"), "randomness")
@@ -93,7 +101,6 @@ class Forward:
     ) -> None:
         self._expected = Expected(model, parameter_sites(model))
         self._template = Template(model)
-        self._model = model
         self._norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _NormBase)]
         self._member_inputs = member_inputs
         self._may_switch = strategy == "auto"
@@ -117,7 +124,7 @@ class Forward:
             self._check_no_update()
         else:
             self._expected.check_buffers(buffers, E)
-        call = Call(self._template, self._model, E, params, buffers, args, kwargs, self._member_inputs)
+        call = Call(self._template, E, params, buffers, args, kwargs, self._member_inputs)
         if torch.compiler.is_compiling():
             with call.replay():
                 return call.result(*run(call, self._plan))
@@ -166,7 +173,7 @@ class Forward:
 
     def _where(self, error: Exception) -> str:
         """The innermost module of the model that was at work when `error` was raised."""
-        found = type(self._model).__name__
+        found = self._template.kind
         trace = error.__traceback__
         while trace is not None:
             for module in (trace.tb_frame.f_locals.get(argument) for argument in ("self", "layer")):
@@ -177,7 +184,7 @@ class Forward:
 
     def _use(self, plan: Plan, reason: str, level: int = logging.INFO) -> None:
         self._plan, self.strategy, self.reason = plan, plan.strategy, reason
-        log.log(level, "%s: strategy %r: %s", type(self._model).__name__, plan.strategy, reason)
+        log.log(level, "%s: strategy %r: %s", self._template.kind, plan.strategy, reason)
 
     def _check_no_update(self) -> None:
         """ValueError where a norm would update its running statistics, which nobody would then have."""

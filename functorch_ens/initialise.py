@@ -82,7 +82,7 @@ def _resetter(model: nn.Module, own: dict[str, Tensor]) -> Callable[[], Drawn]:
     Values that no reset writes to are those in `own`.
     """
     blank = copy_structure(model, lambda p: p.cpu().clone(), lambda buffer: buffer.detach().cpu().clone())
-    parameters = {name: parameter.detach() for name, parameter in blank.named_parameters()}
+    parameters = {name: parameter.detach() for name, parameter in zip(own, blank.parameters(), strict=True)}
     # Inner modules first, as constructors run; torch's own MultiheadAttention and Transformer have theirs underscored.
     resets = [
         getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)

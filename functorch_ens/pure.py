@@ -42,11 +42,49 @@ def _pure_class(cls: Any, methods: tuple[tuple[str, Callable[..., Any]], ...]) -
     return type(cls.__name__, (cls,), dict(methods))
 
 
+def autocast(*tensors: Any) -> Any:
+    """The arguments of an operation that autocast computes in its own dtype, in that dtype: inside vmap it may not."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, as one matrix product: of three or more axes vmap makes products of many copies of the weight."""
+    x, weight, bias = autocast(x, weight, bias)
     if x.ndim < 3:
         return F.linear(x, weight, bias)
     return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _conv_forward(layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kind = _CONV[len(layer.kernel_size)]
+    return kind._conv_forward(layer, *autocast(input, weight, bias))
+
+
+def _conv_transpose(layer: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+    return conv_transpose(layer, input, layer.weight, layer.bias, output_size)
+
+
+def conv_transpose(
+    layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
+) -> Tensor:
+    """The forward of a transposed convolution with another weight and bias."""
+    spatial = len(layer.kernel_size)
+    options = layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation
+    padding = layer._output_padding(input, output_size, *options)
+    input, weight, bias = autocast(input, weight, bias)
+    return _CONV_TRANSPOSE[spatial](
+        input, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation
+    )
+
+
+_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 def _linear(layer: nn.Linear, input: Tensor) -> Tensor:
@@ -71,6 +109,7 @@ def _attention(layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any
         output, weights = nn.MultiheadAttention.forward(layer, q, k, v, *args, **kwargs)
     finally:
         layer.batch_first = batch_first
+    (output,) = autocast(output)
     return output.transpose(0, 1) if turned else output, weights
 
 
@@ -157,6 +196,8 @@ def _batch_norm(layer: Any, input: Tensor) -> Tensor:
 
 _PURE: dict[tuple[type[nn.Module] | str, str], Callable[..., Any]] = {
     (nn.Linear, "forward"): _linear,
+    **{(kind, "_conv_forward"): _conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+    **{(kind, "forward"): _conv_transpose for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)},
     (nn.MultiheadAttention, "forward"): _attention,
     (nn.LSTMCell, "forward"): _lstm_cell,
     (nn.Embedding, "forward"): _embedding,

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from functorch_ens.pure import linear
+from functorch_ens.pure import conv_transpose, linear
 from functorch_ens.structure import Site, is_numeric
 
 
@@ -77,9 +77,17 @@ def rank1_layouts(sites: Mapping[str, list[Site]]) -> dict[str, Layout]:
 # --------------------------------------------------------------------------------------------------------------------
 # The registry: per layer class, the layout of its weights and, where there is one, a forward faster than materialising.
 
-Rule = Callable[..., Any]
+
+class Rule(NamedTuple):
+    """A fast forward, the weights that it serves, and the layers that it is for."""
+
+    forward: Callable[..., Any]
+    weights: frozenset[str]
+    when: Callable[[Any], bool]
+
+
 _layouts: dict[type[nn.Module], Callable[[Any], Layout]] = {}
-_rules: dict[type[nn.Module], tuple[Rule, frozenset[str]]] = {}
+_rules: dict[type[nn.Module], Rule] = {}
 
 
 def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout]) -> None:
@@ -93,12 +101,15 @@ def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout])
         _layouts[layer_type] = layout
 
 
-def rank1_rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
+def rank1_rule(
+    *layer_types: type[nn.Module], when: Callable[[Any], bool] = lambda layer: True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a fast forward for layers with rank-1 weights; used as a decorator.
 
     The rule is called in place of the layer's own forward, as `rule(layer, *inputs, weight=Rank1(...))`: it is written
     for ONE member, and its keyword-only arguments name the weights that it serves. Where a layer has other weights with
-    `r` and `s` than these, or a subclass has a forward of its own, the exact `W * (r s^T)` is used instead.
+    `r` and `s` than these, a subclass has a forward of its own, or `when(layer)` is false, the exact `W * (r s^T)` is
+    used instead.
 
     >>> import torch, functorch_ens as fe
     >>> class Scaled(torch.nn.Linear):
@@ -117,7 +128,7 @@ def rank1_rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
     """
     _check_layer_types(layer_types)
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
         arguments = inspect.signature(rule).parameters.values()
         weights = frozenset(a.name for a in arguments if a.kind is a.KEYWORD_ONLY and a.default is a.empty)
         if not weights:
@@ -125,7 +136,7 @@ def rank1_rule(*layer_types: type[nn.Module]) -> Callable[[Rule], Rule]:
                 f"rule: {rule!r} must take the weights it serves as keyword-only arguments: (layer, x, *, weight)"
             )
         for layer_type in layer_types:
-            _rules[layer_type] = (rule, weights)
+            _rules[layer_type] = Rule(rule, weights, when)
         return rule
 
     return register
@@ -150,17 +161,27 @@ def layout_of(layer: nn.Module) -> Layout:
     return Layout()
 
 
-def rule_of(layer: nn.Module) -> tuple[Rule, frozenset[str]] | None:
-    """The fast rule for `layer` and the weights it serves; None where its forward is not the one a rule stands for."""
+def rule_of(layer: nn.Module) -> Rule | None:
+    """The fast rule for `layer`; None where there is none, or its forward is not the one that a rule stands for."""
     if "forward" in vars(layer):
         return None
     for layer_type in type(layer).__mro__:
         if layer_type in _rules:
-            return _rules[layer_type]
+            found = _rules[layer_type]
+            return found if found.when(layer) else None
         # A class below the registered one that changes how it computes is another kind of layer.
         if "forward" in vars(layer_type) or "_conv_forward" in vars(layer_type):
             return None
     return None
+
+
+def rule_for(layer: nn.Module, layouts: Mapping[str, Layout]) -> Rule | None:
+    """The rule for `layer` where its weights are read as in `layouts`; None where it has none that reads them so.
+
+    A rule reads a weight as its own layer does; one tied to a layer of another layout is multiplied out instead.
+    """
+    found = rule_of(layer)
+    return found if found and all(layouts.get(leaf) == layout_of(layer) for leaf in found.weights) else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -197,26 +218,16 @@ def _conv(layer: Any, input: Tensor, *, weight: Rank1) -> Tensor:
     return _leave(y, weight.r, layer.bias, spatial)
 
 
-_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-
-
 @rank1_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _conv_transpose(layer: Any, input: Tensor, output_size: list[int] | None = None, *, weight: Rank1) -> Tensor:
     spatial = len(layer.kernel_size)
-    x = _enter(input, weight.s, spatial)
-    padding = layer._output_padding(
-        x, output_size, layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation
-    )
-    y = _CONV_TRANSPOSE[spatial](
-        x, weight.weight, None, layer.stride, layer.padding, padding, layer.groups, layer.dilation
-    )
+    y = conv_transpose(layer, _enter(input, weight.s, spatial), weight.weight, None, output_size)
     return _leave(y, weight.r, layer.bias, spatial)
 
 
-@rank1_rule(nn.Embedding)
+# Not where the layer shortens its effective rows, or divides their gradients by how often they were looked up.
+@rank1_rule(nn.Embedding, when=lambda layer: layer.max_norm is None and not layer.scale_grad_by_freq)
 def _embedding(layer: nn.Embedding, input: Tensor, *, weight: Rank1) -> Tensor:
-    if layer.scale_grad_by_freq:  # divides the gradient of an effective row by how often it was looked up
-        return F.embedding(input, weight.materialise(), layer.padding_idx, scale_grad_by_freq=True)
     rows = F.embedding(input, weight.weight, layer.padding_idx)
     s = F.embedding(input, rearrange(weight.s, "v -> v 1"), layer.padding_idx)
     r = weight.r

@@ -71,9 +71,18 @@ class _Recomputed(torch.autograd.Function):
             outputs = ctx.flat(*(given.get(index, tensor) for index, tensor in enumerate(tensors)))
             return tuple(leaf for leaf in outputs if _is_differentiable(leaf))
 
-        with ctx.again():
-            pull: Any = vjp(compute, *[tensors[index] for index in wanted])[1]
-        found = pull(tuple(g for g, keep in zip(gradients, ctx.differentiable, strict=True) if keep))
+        gradients = tuple(g for g, keep in zip(gradients, ctx.differentiable, strict=True) if keep)
+        some = [tensors[index] for index in wanted]
+        if torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            with ctx.again():
+                pull: Any = vjp(compute, *some)[1]
+            found = pull(gradients)
+        else:  # works also for operations that torch.func cannot follow
+            with ctx.again(), torch.enable_grad():
+                leaves = [tensor.detach().requires_grad_() for tensor in some]
+                outputs = compute(*leaves)
+            pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
+            found = torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
         results = dict(zip(wanted, found, strict=True))
         return None, None, *(results.get(index) for index in range(len(tensors)))
 

@@ -75,7 +75,7 @@ def _is_rank1_by_default(site: Site) -> bool:
     if has_layout(site.module) and "weight" in site.leaf:
         return True
     found = rule_of(site.module)
-    if found is not None and site.leaf in found[1]:
+    if found is not None and site.leaf in found.weights:
         return True
     return parameter.ndim == 2 and min(parameter.shape) > 1
 

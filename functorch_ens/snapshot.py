@@ -69,9 +69,10 @@ class Snapshot:
             if members != kept:
                 members.clear()
                 members.update(kept)
-        for tensor, value, version in self._tensors:
-            if tensor._version != version:
-                _write(tensor, value)
+        if not torch.compiler.is_compiling():  # which cannot read a version
+            for tensor, value, version in self._tensors:
+                if tensor._version != version:
+                    _write(tensor, value)
         if torch.compiler.is_compiling() and not TRACES_DICT:
             self._reassign()
             return

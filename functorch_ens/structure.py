@@ -81,8 +81,8 @@ def copy_structure(
 ) -> nn.Module:
     """A deep copy of `model` in which `parameter(p)` and `buffer(b)` stand for its parameters and buffers.
 
-    Ties stay ties. Tensors kept in plain attributes (constants, caches) are cloned without their autograd history. What
-    torch.compile has wrapped is there as it was written.
+    Ties stay ties, and parameters and buffers in their order. Tensors kept in plain attributes (constants, caches) are
+    cloned without their autograd history. Where torch.compile has wrapped a module the copy has that module itself.
     `memo` is `copy.deepcopy`'s: afterwards its values are all the objects that the copy does not share with `model`.
     """
     memo = {} if memo is None else memo
@@ -95,7 +95,7 @@ def copy_structure(
     try:
         for module in reversed(list(model.modules())):  # the innermost first
             if is_compiled(module):
-                memo[id(module)] = _AsWritten(copy.deepcopy(module._modules["_orig_mod"], memo), module.training)
+                memo[id(module)] = copy.deepcopy(module._modules["_orig_mod"], memo)
         return copy.deepcopy(model, memo)
     except Exception as error:
         error.add_note(f"functorch_ens: {type(model).__name__} could not be copied; copy.deepcopy(model) must work")
@@ -105,21 +105,6 @@ def copy_structure(
 def is_compiled(module: nn.Module) -> bool:
     """Whether `module` is what `torch.compile` has made of another."""
     return "_orig_mod" in module._modules and "dynamo_ctx" in vars(module)
-
-
-class _AsWritten(nn.Module):
-    """Stands where a compiled module is: the module it was made from, under the same names."""
-
-    def __init__(self, module: Any, training: bool) -> None:
-        super().__init__()
-        self._orig_mod = module
-        self.training = training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._orig_mod(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name == "_orig_mod" else getattr(self._orig_mod, name)
 
 
 # What holds attributes, but is not part of the state of the module that refers to it.

@@ -13,9 +13,16 @@ from torch.func import functional_call
 from torch.utils import checkpoint
 
 from functorch_ens.pure import purify
-from functorch_ens.rank1 import Layout, Rank1, Rule, layout_of, rank1_layouts, rank1_names, rule_of
+from functorch_ens.rank1 import Layout, Rank1, Rule, rank1_layouts, rank1_names, rule_for
 from functorch_ens.snapshot import Snapshot
-from functorch_ens.structure import buffer_sites, check_replaceable, copy_structure, parameter_sites
+from functorch_ens.structure import (
+    Site,
+    buffer_sites,
+    check_replaceable,
+    copy_structure,
+    is_compiled,
+    parameter_sites,
+)
 
 
 class Template:
@@ -29,12 +36,23 @@ class Template:
         check_replaceable(model)
         memo: dict[int, Any] = {}
         self._module = copy_structure(model, _on_meta, _on_meta, memo)
-        self._pairs = list(zip(model.modules(), self._module.modules(), strict=True))
-        for module in self._module.modules():
-            purify(module)
-        self._aliases = _install_rank1(self._module) | {
-            name: [site.name for site in places] for name, places in buffer_sites(self._module).items()
-        }
+        written = [module for module in model.modules() if not is_compiled(module)]
+        self._pairs = list(zip(written, self._module.modules(), strict=True))
+        sites = parameter_sites(self._module)
+        layouts = rank1_layouts(sites)
+        leaves: dict[nn.Module, dict[str, Layout]] = {}  # of each layer, those that can be rank-1
+        for name, layout in layouts.items():
+            for site in sites[name]:
+                leaves.setdefault(site.module, {})[site.leaf] = layout
+        for layer, own in self._pairs:
+            purify(own)
+            if own in leaves:  # a rule stands for the forward of the model's own layer
+                _install_rank1(own, leaves[own], rule_for(layer, leaves[own]))
+        self._buffers = buffer_sites(model)
+        self._aliases = _aliases(parameter_sites(model), sites, layouts) | _aliases(
+            self._buffers, buffer_sites(self._module), {}
+        )
+        self.kind = type(model).__name__
         self._pristine = Snapshot(self._module, {id(value) for value in memo.values()})
 
     def __call__(
@@ -53,6 +71,11 @@ class Template:
             self._pristine.restore()
         # functional_call writes what the forward assigned to its buffers back to the dict that it was given.
         return output, {name: given[name] for name in buffers}
+
+    def own_buffers(self) -> dict[str, Tensor]:
+        """The model's own, as they are now."""
+        found = {name: places[0].module._buffers[places[0].leaf] for name, places in self._buffers.items()}
+        return {name: buffer for name, buffer in found.items() if buffer is not None}
 
     def modes(self) -> list[bool]:
         """Which modules of the model are in training mode."""
@@ -110,37 +133,30 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def _install_rank1(template: nn.Module) -> dict[str, list[str]]:
-    """Make every weight that can be rank-1 read its `r` and `s`; return all the names each tensor is tied under."""
-    sites = parameter_sites(template)
-    aliases = {name: [site.name for site in places] for name, places in sites.items()}
-    layouts: dict[nn.Module, dict[str, Layout]] = {}
-    for name, layout in rank1_layouts(sites).items():
-        for site in sites[name]:
-            layouts.setdefault(site.module, {})[site.leaf] = layout
-            for vector, alias in zip(rank1_names(name), rank1_names(site.name), strict=True):
-                aliases.setdefault(vector, []).append(alias)
-    for layer, leaves in layouts.items():
-        for leaf in leaves:
-            layer._parameters.update(dict.fromkeys(rank1_names(leaf)))
-        kind: Any = type(layer)
-        layer.__class__ = _rank1_class(kind, tuple(leaves.items()), _rule_for(layer, leaves))
+def _aliases(
+    model: Mapping[str, list[Site]], template: Mapping[str, list[Site]], layouts: Mapping[str, Layout]
+) -> dict[str, list[str]]:
+    """By its name in the model, all the names of each tensor in the template; of the `r` and `s` it can have, too."""
+    aliases: dict[str, list[str]] = {}
+    for name, (own, places) in zip(model, template.items(), strict=True):
+        aliases[name] = [site.name for site in places]
+        if own in layouts:
+            tied = [rank1_names(site.name) for site in places]
+            for vector, names in zip(rank1_names(name), zip(*tied, strict=True), strict=True):
+                aliases[vector] = list(names)
     return aliases
 
 
-def _rule_for(layer: nn.Module, layouts: Mapping[str, Layout]) -> tuple[Rule, frozenset[str]] | None:
-    """The rule for `layer` and the weights it serves; None where there is none that reads them as they are laid out."""
-    found = rule_of(layer)
-    if found is None:
-        return None
-    # A rule reads a weight as its own layer does; one tied to a layer of another layout is multiplied out instead.
-    return found if all(layouts.get(leaf) == layout_of(layer) for leaf in found[1]) else None
+def _install_rank1(layer: nn.Module, layouts: Mapping[str, Layout], rule: Rule | None) -> None:
+    """Make the weights of `layer` named in `layouts` read their `r` and `s`, and its forward use its `rule`."""
+    for leaf in layouts:
+        layer._parameters.update(dict.fromkeys(rank1_names(leaf)))
+    kind: Any = type(layer)
+    layer.__class__ = _rank1_class(kind, tuple(layouts.items()), rule)
 
 
 @cache  # one class for all layers that are alike: torch.compile then takes templates of one structure for the same
-def _rank1_class(
-    cls: Any, layouts: tuple[tuple[str, Layout], ...], found: tuple[Rule, frozenset[str]] | None
-) -> type[nn.Module]:
+def _rank1_class(cls: Any, layouts: tuple[tuple[str, Layout], ...], rule: Rule | None) -> type[nn.Module]:
     """A subclass of `cls` in which the weights named in `layouts` read their `r` and `s` where these are given."""
 
     def effective(leaf: str, layout: Layout) -> property:
@@ -151,16 +167,15 @@ def _rank1_class(
         return property(read)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        assert found is not None
-        rule, leaves = found
+        assert rule is not None
         weights = {leaf: _given(self, leaf, layout) for leaf, layout in layouts}
         weights = {leaf: rank1 for leaf, rank1 in weights.items() if rank1 is not None}
-        return (
-            rule(self, *args, **weights, **kwargs) if weights.keys() == leaves else cls.forward(self, *args, **kwargs)
-        )
+        if weights.keys() != rule.weights:
+            return cls.forward(self, *args, **kwargs)
+        return rule.forward(self, *args, **weights, **kwargs)
 
     namespace: dict[str, Any] = {leaf: effective(leaf, layout) for leaf, layout in layouts}
-    if found is not None:
+    if rule is not None:
         namespace["forward"] = forward
     return type(cls.__name__, (cls,), namespace)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from zoo import DirectAccess, Matrices, Residual, Tied, shared_layer
 
 sizes = st.integers(1, 4)
 members = st.integers(1, 4)
@@ -114,60 +115,6 @@ fast_layers = _fast_layers()
 """Layers that have a fast rule, with all their options and random weights."""
 
 
-class Matrices(nn.Module):
-    """Bare parameters, lists and dicts of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.randn(4, 3))
-        self.offset = nn.Parameter(torch.randn(4))
-        self.many = nn.ParameterList([torch.randn(4, 4), torch.randn(2, 4)])
-        self.named = nn.ParameterDict({"a": torch.randn(2, 2)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x @ self.matrix.T + self.offset) @ self.many[0].T @ self.many[1].T @ self.named["a"].T
-
-
-class Tied(nn.Module):
-    """A language model's tied weight: an embedding's `[words, features]` is also the output layer's `[out, in]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(5, 3)
-        self.mix = nn.Linear(3, 3)
-        self.score = nn.Linear(3, 5, bias=False)
-        self.score.weight = self.embed.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.score(self.mix(self.embed(x)).tanh())
-
-
-class Residual(nn.Module):
-    """Branches that are added and concatenated, and one layer that is used twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-        self.norm = nn.LayerNorm(4)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        hidden = x + self.norm(self.layer(x)).relu()
-        return {"hidden": hidden, "logits": self.head(torch.cat([hidden, self.layer(hidden)], -1))}
-
-
-class DirectAccess(nn.Module):
-    """Reads the weights of its layers itself, as torchvision's Swin transformer does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(3, 4)
-        self.outer = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(nn.functional.linear(x, self.inner.weight, self.inner.bias).tanh())
-
-
 class SelfAttention(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -177,8 +124,90 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x[..., : self.attention.vdim])
 
 
-def _twice(layer: nn.Module) -> nn.Module:
-    return nn.Sequential(layer, nn.Tanh(), layer)
+class Step(nn.Module):
+    """One step of a random model, on `[B, L, W]`, which keeps that shape."""
+
+    def __init__(self, kind: str, width: int, layer: nn.Module | None) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layer = layer if layer is not None else _STEPS[kind](width)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        if self.kind in ("conv", "batch norm", "instance norm"):  # channels first
+            return self.layer(x.transpose(1, 2)).transpose(1, 2)
+        if self.kind == "attention":
+            return self.layer(x, other, other)[0]
+        if self.kind in ("gru", "lstm"):
+            return self.layer(x)[0]
+        if self.kind == "bilinear":
+            return self.layer(x, other)
+        if self.kind == "concatenate":
+            return self.layer(torch.cat([x, other], -1))
+        if self.kind == "dropout":  # its random numbers are laid out as its input is in memory
+            return self.layer(x.contiguous())
+        return self.layer(x)
+
+
+_STEPS: dict[str, Any] = {
+    "linear": lambda width: nn.Linear(width, width),
+    "conv": lambda width: nn.Conv1d(width, width, 3, padding=1),
+    "depthwise": lambda width: nn.Conv1d(3, 3, 1, groups=3),  # over the positions
+    "batch norm": lambda width: nn.BatchNorm1d(width),
+    "instance norm": lambda width: nn.InstanceNorm1d(width, affine=True, track_running_stats=True),
+    "layer norm": lambda width: nn.LayerNorm(width),
+    "group norm": lambda width: nn.GroupNorm(3, 3),
+    "dropout": lambda width: nn.Dropout(0.3),
+    "tanh": lambda width: nn.Tanh(),
+    "in place": lambda width: nn.ELU(inplace=True),
+    "attention": lambda width: nn.MultiheadAttention(width, 2, batch_first=True),
+    "gru": lambda width: nn.GRU(width, width, batch_first=True),
+    "lstm": lambda width: nn.LSTM(width, width, batch_first=True),
+    "bilinear": lambda width: nn.Bilinear(width, width, width),
+    "concatenate": lambda width: nn.Linear(2 * width, width),
+    "weight norm": lambda width: nn.utils.parametrizations.weight_norm(nn.Linear(width, width)),
+}
+
+
+class RandomModel(nn.Module):
+    """Steps with residual connections between them; two inputs."""
+
+    def __init__(self, words: int, width: int, steps: list[Step], residual: list[bool]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.steps = nn.ModuleList(steps)
+        self.residual = residual
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x, other = x.clone(), self.embed(indices)  # the first step may write to it
+        for step, residual in zip(self.steps, self.residual, strict=True):
+            before = x
+            x = step(x.clone() if residual else x, other)
+            x = x + before if residual else x
+        return self.head(x), {"mean": x.mean(1)}
+
+
+@st.composite
+def _random_models(draw: st.DrawFn) -> Case:
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    width = draw(st.sampled_from([2, 4]))
+    steps: list[Step] = []
+    for kind in draw(st.lists(st.sampled_from(list(_STEPS)), min_size=1, max_size=6)):
+        earlier: list[Any] = [step.layer for step in steps if step.kind == kind]
+        again = bool(earlier) and draw(st.booleans())  # a layer used twice
+        steps.append(Step(kind, width, earlier[0] if again else None))
+    linear: list[Any] = [step.layer for step in steps if step.kind == "linear"]
+    if len(linear) > 1 and draw(st.booleans()):
+        linear[1].weight = linear[0].weight
+    residual = draw(st.lists(st.booleans(), min_size=len(steps), max_size=len(steps)))
+    model = RandomModel(5, width, steps, residual)
+    if draw(st.booleans()):
+        model.embed.requires_grad_(False)
+    return Case(model.double(), (randn(2, 3, width), torch.randint(5, (2, 3))))
+
+
+random_models = _random_models()
+"""Random depth, layer kinds, norms, dropout, residual and concatenating connections, tied layers, two inputs."""
 
 
 def _models() -> dict[str, Any]:
@@ -196,7 +225,7 @@ def _models() -> dict[str, Any]:
         "matrices": (Matrices(), randn(5, 3)),
         "tied": (Tied(), torch.randint(5, (2, 3))),
         "residual": (Residual(), randn(3, 4)),
-        "a module used twice": (_twice(nn.Linear(3, 3)), randn(2, 3)),
+        "a module used twice": (shared_layer(), randn(2, 4)),
         "direct access": (DirectAccess(), randn(3, 3)),
         "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), randn(2, 4)),
         "mlp, layer norm": (nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 3)), randn(6, 4)),

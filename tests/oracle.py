@@ -6,22 +6,22 @@ output channel o is scaled by r[o], input channel i by s[i].
 
 from __future__ import annotations
 
-import copy
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from plain import opened, plain_loop
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 import functorch_ens as fe
 
 # Relative to the largest value of a result. bfloat16 rounds every operation to 8 bits (4e-3), a few of which add up.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.complex128: 1e-10, torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def compile_whole(function: Any) -> Any:
@@ -44,22 +44,25 @@ def tensors_of(params: fe.EnsembleParams) -> dict[str, Tensor]:
 
 
 def materialise(module: nn.Module, weight: Tensor, r: Tensor, s: Tensor) -> Tensor:
-    """`W * (r s^T)` for a weight of `module`, one (axis 0, axis 1) pair at a time."""
+    """`W * (r s^T)` for a weight of `module`: which r and which s belong to each (axis 0, axis 1), one at a time."""
     groups = getattr(module, "groups", 1)
     rows, columns = weight.shape[:2]
-    scale = []
+    outputs, inputs = [], []
     for a in range(rows):
         group = a // (rows // groups)
         for b in range(columns):
             if isinstance(module, _ConvTransposeNd):  # [in, out / groups, ...]
-                scale.append(s[a] * r[group * columns + b])
+                output, into = group * columns + b, a
             elif isinstance(module, _ConvNd):  # [out, in / groups, ...]
-                scale.append(r[a] * s[group * columns + b])
+                output, into = a, group * columns + b
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag):  # [vocabulary, embedding]
-                scale.append(s[a] * r[b])
+                output, into = b, a
             else:  # [out, in, ...]
-                scale.append(r[a] * s[b])
-    return weight * torch.stack(scale).reshape(rows, columns, *[1] * (weight.ndim - 2))
+                output, into = a, b
+            outputs.append(output)
+            inputs.append(into)
+    scale = r[torch.tensor(outputs)] * s[torch.tensor(inputs)]
+    return weight * scale.reshape(rows, columns, *[1] * (weight.ndim - 2))
 
 
 def member_weights(model: nn.Module, params: fe.EnsembleParams, i: int) -> dict[str, Tensor]:
@@ -80,38 +83,50 @@ def loop(
     params: fe.EnsembleParams,
     *args: Any,
     buffers: dict[str, Tensor] | None = None,
+    seed: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """Every member called as an ordinary network, on a copy of `model`; outputs, and new buffers, stacked."""
-    outputs, new = [], []
-    for i in range(params.E):
-        member = copy.deepcopy(model)
-        mine = {} if buffers is None else {name: stack[i].clone() for name, stack in buffers.items()}
-        outputs.append(functional_call(member, {**member_weights(model, params, i), **mine}, args, kwargs))
-        new.append(mine)  # functional_call wrote the updates back to it
-    output = pytree.tree_map(
-        lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *outputs
-    )
-    return output if buffers is None else (output, {name: torch.stack([b[name] for b in new]) for name in buffers})
+    weights = [member_weights(model, params, i) for i in range(params.E)]
+    output, new = plain_loop(model, weights, buffers or {}, args, kwargs, seed)
+    return output if buffers is None else (output, new)
 
 
 def gradients(call: Callable[..., Any], params: fe.EnsembleParams, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """The gradient, in every parameter, of a fixed random combination of all outputs of `call(params, *args)`."""
     output = call(params, *args, **kwargs)
-    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = [leaf for leaf in pytree.tree_leaves(_opened(output)) if isinstance(leaf, Tensor) and leaf.requires_grad]
     source = torch.Generator().manual_seed(1)
-    total = sum((leaf.double() * torch.randn(leaf.shape, generator=source)).sum() for leaf in leaves)
+    total = sum((leaf * torch.randn(leaf.shape, generator=source).to(leaf.real)).sum().real.double() for leaf in leaves)
     named = {**params.shared, **params.stacked}
     assert isinstance(total, Tensor)
     trained = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
-    found = torch.autograd.grad(total, list(trained.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(trained, found, strict=True))
+    total.backward()  # and not grad(), which reentrant checkpointing forbids
+    found = {name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in trained.items()}
+    for tensor in trained.values():
+        tensor.grad = None
+    return found
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """The most bytes that tensors on the CPU have held at once, above what they held before, as torch counts them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return max(held)
+
+
+def _opened(value: Any) -> Any:
+    """A pytree in which dataclasses are dicts of their fields."""
+    return pytree.tree_map(opened, value)
 
 
 def assert_same(got: Any, want: Any, tolerance: float | None = None, floor: float = 1e-30) -> None:
     """Equal pytrees, within `tolerance` (or the dtype's) of the largest value in them, or `floor`, and of one form."""
-    got_leaves, got_spec = pytree.tree_flatten(got)
-    want_leaves, want_spec = pytree.tree_flatten(want)
+    got_leaves, got_spec = pytree.tree_flatten(_opened(got))
+    want_leaves, want_spec = pytree.tree_flatten(_opened(want))
     assert got_spec == want_spec
     numbers = [leaf.detach().abs().max().item() for leaf in want_leaves if isinstance(leaf, Tensor) and leaf.numel()]
     scale = max([floor, *numbers])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,12 +11,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from cases import MODELS, Case, Residual, fast_layers, members, model_case, norm_net, randn
+from cases import MODELS, Case, fast_layers, members, model_case, norm_net, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_same, assert_untouched, both_kinds, compile_whole, gradients, loop, snapshot
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value
+from zoo import Residual
 
 import functorch_ens as fe
 
@@ -31,25 +31,6 @@ def test_vmap_equals_loop_equals_oracle(case: Case, E: int, chunk: int | None) -
             forward = fe.make_forward(case.model, strategy=strategy, chunk_size=chunk)
             assert_same(forward(params, *case.args), want)
             assert_same(gradients(forward, params, *case.args), want_gradients)
-
-
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", MODELS)
-def test_classic_ensembles_of_any_model(name: str, train: bool) -> None:
-    case = model_case(name)
-    case.model.train(train)
-    for module in case.model.modules():
-        if isinstance(module, nn.Dropout | nn.MultiheadAttention):  # vmap and a loop draw other random numbers
-            module.eval()
-    params = both_kinds(case.model, 3)[0]
-    buffers = fe.ensemble_buffers(case.model, 3)
-    want = loop(case.model, params, *case.args, buffers=buffers)
-    want_gradients = gradients(partial(loop, case.model), params, *case.args, buffers=buffers)
-    for strategy in ("auto", "loop"):
-        forward = fe.make_forward(case.model, strategy=strategy)
-        assert_same(forward(params, *case.args, buffers=buffers), want)
-        got = gradients(forward, params, *case.args, buffers=buffers)
-        assert_same(got, want_gradients)
 
 
 def _dropout_net() -> Any:
@@ -370,14 +351,67 @@ def test_auto_falls_back_to_the_loop_once_and_says_so(caplog: pytest.LogCaptureF
     assert forward.strategy == "vmap"
     with caplog.at_level(logging.WARNING, "functorch_ens"):
         assert_same(forward(params, x), loop(model, params, x))
-    assert forward.strategy == "loop" and forward.reason.startswith("vmap failed in _Branching: ") and forward.reason in caplog.text
+    assert (
+        forward.strategy == "loop"
+        and forward.reason.startswith("vmap failed in _Branching: ")
+        and forward.reason in caplog.text
+    )
     assert_same(gradients(forward, params, x), gradients(partial(loop, model), params, x))
+
+
+def test_vmap_is_refused_where_the_model_shows_that_it_cannot() -> None:
+    model = nn.ModuleDict({"body": nn.GRU(2, 2)})
+    with pytest.raises(RuntimeError, match=r'strategy: got "vmap", but body \(GRU\) calls .*; strategy="loop" can'):
+        fe.make_forward(model, strategy="vmap")
+    hooked = nn.Sequential(nn.Linear(2, 2))
+    hooked[0].register_full_backward_hook(lambda module, inputs, outputs: None)
+    with pytest.raises(RuntimeError, match=r"0 \(Linear\) has backward hooks"):
+        fe.make_forward(hooked, strategy="vmap")
+
+
+def test_the_module_that_vmap_fails_in_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Tanh(), _Branching()))
+    params = fe.ensemble_params(model, 2)
+    with pytest.raises(RuntimeError, match=r"vmap cannot serve 1\.1 \(_Branching\): .*data-dependent"):
+        fe.make_forward(model, strategy="vmap")(params, torch.ones(4, 3))
+    forward = fe.make_forward(model)
+    forward(params, torch.ones(4, 3))
+    assert forward.strategy == "loop" and "1.1 (_Branching)" in forward.reason
+
+
+@pytest.mark.parametrize("strategy", ["auto", "vmap"])
+def test_random_numbers_and_values_written_in_place_differ_between_members(strategy: str) -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            out, noise = torch.zeros(x.shape[0], 2), torch.empty(x.shape[0], 2)
+            mask = torch.ones(x.shape[0], 2, dtype=torch.bool)
+            out[:] = self.layer(x)
+            noise.uniform_()
+            mask &= out > 0
+            return out * mask, noise
+
+    model, x = InPlace(), torch.randn(50, 3)
+    params = fe.ensemble_params(model, 3)
+    forward = fe.make_forward(model, strategy=strategy)
+    for _ in range(2):  # the call that finds the way, and the next
+        torch.manual_seed(4)
+        first = forward(params, x)
+        assert forward.strategy == "vmap" and "made each member's own" in forward.reason
+        values, noise = first
+        assert_same(values, fe.make_forward(model, strategy="loop")(params, x)[0])
+        assert (noise[0] - noise[1]).abs().max() > 0.1 and noise.min() >= 0 and noise.max() <= 1
+        torch.manual_seed(4)
+        assert_same(forward(params, x), first)  # also the first call, in which vmap failed, drew from this state
 
 
 def test_vmap_that_cannot_says_what_can() -> None:
     model = _Branching()
     forward = fe.make_forward(model, strategy="vmap")
-    with pytest.raises(RuntimeError, match='vmap cannot serve _Branching: .*data-dependent.*strategy="loop" can'):
+    with pytest.raises(RuntimeError, match=r'vmap cannot serve _Branching: .*data-dependent.*strategy="loop" can'):
         forward(fe.ensemble_params(model, 2), torch.ones(4, 3))
     assert forward.strategy == "vmap"
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MODELS, Matrices, Tied, members, model_case, small_net, source
+from cases import MODELS, members, model_case, small_net, source
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_same, assert_untouched, loop, snapshot, tensors_of
 from torch import Tensor, nn
+from zoo import Matrices, Tied
 
 import functorch_ens as fe
 

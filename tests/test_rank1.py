@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MODELS, Case, Matrices, fast_layers, members, model_case, randn
+from cases import MODELS, Case, fast_layers, members, model_case, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import TOLERANCE, assert_same, gradients, loop, materialise
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from zoo import Matrices
 
 import functorch_ens as fe
-from functorch_ens.rank1 import layout_of, rule_of
+from functorch_ens.rank1 import Rank1, layout_of, rule_of
 
 inits = st.sampled_from(["normal", "random_sign", "ones"])
 
@@ -32,7 +33,6 @@ def _without_rule(layer: nn.Module) -> nn.Module:
 @given(case=fast_layers, E=members, init=inits, dtype=st.sampled_from([torch.float64, torch.float32]))
 def test_fast_rules_equal_the_oracle_and_the_fallback(case: Case, E: int, init: str, dtype: torch.dtype) -> None:
     case = case.to(dtype)
-    assert rule_of(case.model) is not None
     params = fe.batchensemble_params(case.model, E, init=init)
     want = loop(case.model, params, *case.args)
     want_gradients = gradients(partial(loop, case.model), params, *case.args)
@@ -45,6 +45,26 @@ def test_fast_rules_equal_the_oracle_and_the_fallback(case: Case, E: int, init: 
     check(fe.make_forward(case.model, strategy="loop"))
     _without_rule(case.model)
     check(fe.make_forward(case.model, strategy="loop"))
+
+
+def test_fast_rules_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers: list[tuple[nn.Module, Tensor]] = [
+        (nn.Linear(3, 2), torch.randn(4, 3)),
+        (nn.Conv2d(3, 2, 2), torch.randn(4, 3, 5, 5)),
+        (nn.ConvTranspose1d(3, 2, 2), torch.randn(4, 3, 5)),
+        (nn.Embedding(3, 2), torch.tensor([0, 2])),
+    ]
+
+    def refuse(self: Rank1) -> Tensor:
+        raise AssertionError("materialised")
+
+    monkeypatch.setattr(Rank1, "materialise", refuse)
+    for layer, x in layers:
+        fe.make_forward(layer)(fe.batchensemble_params(layer, 2), x)
+    for plain in (nn.Embedding(3, 2, max_norm=1.0), nn.Bilinear(3, 3, 2)):
+        inputs = (torch.tensor([0]),) if isinstance(plain, nn.Embedding) else (torch.randn(1, 3), torch.randn(1, 3))
+        with pytest.raises(AssertionError, match="materialised"):
+            fe.make_forward(plain)(fe.batchensemble_params(plain, 2), *inputs)
 
 
 @given(case=fast_layers, E=members, strategy=st.sampled_from(["vmap", "loop"]))

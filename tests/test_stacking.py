@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import MODELS, Case, Tied, fast_layers, members, model_case, randn
+from cases import MODELS, Case, fast_layers, members, model_case, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_same, assert_untouched, gradients, loop, member_weights, snapshot
 from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
+from zoo import Tied
 
 import functorch_ens as fe
 

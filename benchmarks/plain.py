@@ -1,0 +1,73 @@
+"""What every ensemble must equal: a plain Python loop over E ordinary modules, each with its own weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Weights = Mapping[str, Tensor]
+
+
+def plain_loop(
+    model: nn.Module,
+    weights: Sequence[Weights],
+    buffers: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    seed: int | None = None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """The outputs and new buffers, stacked, of a copy of `model` with each of the `weights`.
+
+    Args:
+        model: is only read.
+        weights: of every member, by the names in `named_parameters()`; gradients flow back to them.
+        buffers: `{name: [E, ...]}`.
+        seed: every member draws its random numbers from there.
+    """
+    outputs, new = [], []
+    for i, own in enumerate(weights):
+        if seed is not None:
+            torch.manual_seed(seed)
+        member = with_weights(model, own, {name: stack[i].clone() for name, stack in buffers.items()})
+        outputs.append(pytree.tree_map(opened, member(*args, **kwargs)))
+        new.append(dict(member.named_buffers()))
+    output = pytree.tree_map(_stack, *outputs)
+    return output, {name: torch.stack([each[name] for each in new]) for name in buffers}
+
+
+def with_weights(model: nn.Module, weights: Weights, buffers: Weights) -> nn.Module:
+    """A copy of `model` in which `weights`, as they are in the autograd graph, stand for its parameters for good."""
+    memo: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), False) for parameter in model.parameters()}
+    for module in model.modules():  # torch copies no tensor that has a history, as old weight_norm keeps one
+        memo |= {id(value): value.detach().clone() for value in vars(module).values() if isinstance(value, Tensor)}
+    member = copy.deepcopy(model, memo)
+    names = {id(parameter): name for name, parameter in member.named_parameters()}
+    kept = {id(buffer): name for name, buffer in member.named_buffers()}
+    for module in member.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            module.sparse = False  # a gradient that comes from one member's part of a stack cannot be sparse
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                del module._parameters[leaf]
+                setattr(module, leaf, weights[names[id(parameter)]])
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and kept[id(buffer)] in buffers:
+                module._buffers[leaf] = buffers[kept[id(buffer)]]
+    return member
+
+
+def opened(value: Any) -> Any:
+    """A dataclass as a dict of its fields: pytrees do not know it."""
+    return dict(vars(value)) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _stack(*leaves: Any) -> Any:
+    """The members' values of one output; a list of them where their shapes differ."""
+    if not isinstance(leaves[0], Tensor):
+        return leaves[0]
+    return torch.stack(leaves) if len({leaf.shape for leaf in leaves}) == 1 else list(leaves)

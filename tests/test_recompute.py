@@ -1,0 +1,178 @@
+"""chunk_size: what is kept in memory for a backward pass, and that computing it again changes nothing."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import randn
+from oracle import assert_same, both_kinds, gradients, peak_memory
+from torch import Tensor, nn
+from torch.func import grad, jacrev, vmap
+
+import functorch_ens as fe
+
+E = 8
+
+
+def _deep_net() -> tuple[nn.Module, Tensor, int]:
+    """A net, an input, and the bytes that the output of one of its layers takes for one member."""
+    layers = [layer for _ in range(8) for layer in (nn.Linear(32, 32), nn.Tanh(), nn.Dropout(0.1))]
+    x = torch.randn(2000, 32)
+    return nn.Sequential(*layers), x, x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("way", ["autograd", "torch.func"])
+@pytest.mark.parametrize("kind", ["classic", "BatchEnsemble"])
+def test_a_training_step_keeps_the_activations_of_one_chunk(kind: str, way: str, strategy: str) -> None:
+    model, x, unit = _deep_net()
+    params = both_kinds(model, E)[kind == "BatchEnsemble"]
+    peaks = {}
+    for chunk in (None, 4, 2, 1):
+        forward = fe.make_forward(model, strategy=strategy, chunk_size=chunk)
+
+        def loss(params: fe.EnsembleParams, forward: fe.Forward = forward) -> Tensor:
+            return forward(params, x).square().mean()
+
+        def step(loss: Any = loss) -> None:
+            if way == "autograd":
+                torch.autograd.grad(loss(params), [t for group in params for t in group.values()])
+            else:
+                with torch.no_grad():
+                    grad(loss)(params)
+
+        step()
+        peaks[chunk] = peak_memory(step) / unit
+    # The outputs of all members and the gradient of them are always there, a few times: 4 E. The activations are not.
+    outputs = 4 * E
+    activations = peaks[None] - outputs
+    assert activations > 20 * E  # else there is nothing to save
+    for chunk in (4, 2, 1):
+        assert peaks[chunk] - outputs < 1.2 * activations * chunk / E
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_a_forward_without_gradient_computes_nothing_again(strategy: str) -> None:
+    calls = []
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            return self.layer(x)
+
+    model = Counting()
+    params = fe.ensemble_params(model, 4)
+    forward = fe.make_forward(model, strategy=strategy, chunk_size=2)
+    with torch.no_grad():
+        forward(params, torch.ones(5, 3))
+    assert len(calls) == (2 if strategy == "vmap" else 4)
+    forward(params, torch.ones(5, 3)).sum().backward()
+    assert len(calls) == 3 * (2 if strategy == "vmap" else 4)
+
+
+def _noisy_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("randomness", ["different", "same"])
+def test_what_is_computed_again_draws_the_same_random_numbers(strategy: str, randomness: str) -> None:
+    model, x = _noisy_net(), randn(7, 4)
+    params, buffers = fe.batchensemble_params(model, 5), fe.ensemble_buffers(model, 5)
+    forward = fe.make_forward(model, strategy=strategy, chunk_size=2, randomness=randomness)
+    x.requires_grad_()
+    torch.manual_seed(1)
+    output = forward(params, x, buffers=buffers)[0]
+    torch.rand(5)  # the state at the backward pass is another one
+    state = torch.get_rng_state()
+    (got,) = torch.autograd.grad(output.square().sum(), x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    # The same noise, and its gradient, from a forward that keeps everything.
+    def whole(x: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("functorch_ens.strategies.recomputed", lambda function, argument, replay: function(argument))
+            return forward(params, x, buffers=buffers)[0]
+
+    assert_same(whole(x), output)
+    (want,) = torch.autograd.grad(whole(x).square().sum(), x)
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_what_is_computed_again_is_in_the_modes_and_the_autocast_of_the_call(strategy: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 3)), torch.randn(6, 4)
+    params = fe.ensemble_params(model, 4)
+    seen: list[Any] = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append((module.training, output.dtype)))
+    chunked = fe.make_forward(model, strategy=strategy, chunk_size=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = chunked(params, x)
+    first = len(seen)
+    model.eval()
+    output.float().sum().backward()
+    assert len(seen) == 2 * first and set(seen) == {(True, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_under_transforms(chunk: int) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), randn(5, 3)
+    params = fe.batchensemble_params(model, 5)
+
+    def results(size: int | None) -> list[Tensor]:
+        forward = fe.make_forward(model, chunk_size=size)
+
+        def slopes(x: Tensor) -> Tensor:
+            found = grad(lambda params: forward(params, x).square().sum())(params)
+            return torch.stack([slope.square().sum() for group in found for slope in group.values()]).sum()
+
+        inner = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(forward(params, inner).square().sum(), inner, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), inner)
+        return [
+            grad(slopes)(x),
+            vmap(lambda row: forward(params, row[None]))(x),
+            vmap(grad(lambda row: forward(params, row[None]).square().sum()))(x),
+            jacrev(lambda x: forward(params, x))(x),
+            second,
+        ]
+
+    for got, want in zip(results(chunk), results(None), strict=True):
+        assert_same(got, want)
+
+
+def test_chunks_of_what_differs_in_shape_and_of_integers() -> None:
+    class Found(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            y = self.layer(x)
+            return {"found": y[y[:, 0] > 0], "classes": y.argmax(-1), "logits": y}
+
+    model, x = Found().double(), randn(9, 2)
+    params = fe.ensemble_params(model, 5)
+    want = fe.make_forward(model, strategy="loop")(params, x)
+    assert isinstance(want["found"], list) and want["classes"].shape == (5, 9)
+    for chunk in (1, 2):
+        forward = fe.make_forward(model, strategy="loop", chunk_size=chunk)
+        got = forward(params, x)
+        assert_same(got, want)
+        assert_same(gradients(forward, params, x), gradients(fe.make_forward(model, strategy="loop"), params, x))
+
+
+def test_a_model_that_torch_func_cannot_follow_is_computed_again_too() -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 4, 1), nn.CrossMapLRN2d(2)).double(), randn(3, 2, 5, 5)
+    params = fe.ensemble_params(model, 4)
+    whole, chunked = fe.make_forward(model), fe.make_forward(model, chunk_size=2)
+    assert whole.strategy == chunked.strategy == "loop"
+    assert_same(gradients(chunked, params, x), gradients(partial(whole), params, x))

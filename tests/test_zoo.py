@@ -1,0 +1,170 @@
+"""Every layer of torch.nn, the ways models are written, random models and a sample of torchvision, as ensembles."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import random_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_same, assert_untouched, both_kinds, gradients, loop, snapshot
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from zoo import NOT_LAYERS, Case, Sample, cases, torchvision_names
+
+import functorch_ens as fe
+
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf"
+    ),  # torch.compile looks at it
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
+
+
+def test_every_layer_of_torch_nn_is_in_the_zoo() -> None:
+    tried = {case.name.partition(",")[0] for case in cases("nn")}
+    missing = set(nn.modules.__all__) - NOT_LAYERS - tried
+    assert not missing
+    assert len(torchvision_names("classification")) >= 80
+
+
+def _exact(case: Case) -> Sample:
+    """The model and its inputs in float64, or complex128."""
+    model, args, kwargs = case.make()
+    model._apply(_to_exact)
+    return Sample(model, *pytree.tree_map(_to_exact, (args, kwargs)))
+
+
+def _to_exact(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.double() if value.is_floating_point() else value.to(torch.complex128) if value.is_complex() else value
+
+
+def _check(sample: Sample, params: fe.EnsembleParams, *, tolerance: float | None = None, **options: Any) -> fe.Forward:
+    """Outputs, new buffers and gradients are those of the plain loop, nothing is written to, and no cache is left."""
+    model, args, kwargs = sample
+    buffers = fe.ensemble_buffers(model, params.E)
+    forward = fe.make_forward(model, randomness="same", **options)
+    before = snapshot(model, params, buffers, args)
+
+    def call(forward: Any, *more: Any, **seed: int) -> Any:
+        torch.manual_seed(1)
+        return forward(params, *args, buffers=buffers, **kwargs, **seed)
+
+    plain = partial(loop, model, seed=1)
+    assert_same(call(forward), call(plain), tolerance)
+    want = gradients(lambda params: call(plain), params)
+    assert_same(gradients(lambda params: call(forward), params), want, tolerance)
+    assert_untouched(before, model, params, buffers, args)
+    return forward
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("case", [*cases("nn"), *cases("written")], ids=lambda case: case.name)
+def test_every_model_equals_the_plain_loop(case: Case, train: bool) -> None:
+    sample = _exact(case)
+    sample.model.train(train)
+    for params in both_kinds(sample.model, 3):
+        for strategy in ("auto", "loop"):
+            _check(sample, params, strategy=strategy)
+
+
+# What of the zoo is not by vmap, and nothing else.
+_BY_LOOP = (
+    "RNN",
+    "GRU",
+    "LSTM",
+    "RReLU",
+    "CrossMapLRN2d",
+    "AdaptiveLogSoftmaxWithLoss",
+    "data-dependent control flow",
+    "hooks",
+    "spectral_norm, old",
+)
+
+
+@pytest.mark.parametrize("case", [*cases("nn"), *cases("written")], ids=lambda case: case.name)
+def test_what_is_by_vmap_stays_so(case: Case) -> None:
+    model, args, kwargs = case.make()
+    forward = fe.make_forward(model)
+    forward(fe.ensemble_params(model, 2, reset=False), *args, buffers=fe.ensemble_buffers(model, 2), **kwargs)
+    by_loop = case.name in _BY_LOOP or case.name.partition(",")[0] in _BY_LOOP[:6]
+    assert forward.strategy == ("loop" if by_loop else "vmap"), forward.reason
+
+
+@settings(max_examples=40)
+@given(
+    case=random_models,
+    E=st.integers(1, 3),
+    train=st.booleans(),
+    strategy=st.sampled_from(["auto", "loop"]),
+    chunk=st.sampled_from([None, 1, 2]),
+    batchensemble=st.booleans(),
+)
+def test_random_models_equal_the_plain_loop(
+    case: Any, E: int, train: bool, strategy: str, chunk: int | None, batchensemble: bool
+) -> None:
+    case.model.train(train)
+    params = both_kinds(case.model, E)[batchensemble]
+    _check(Sample(case.model, case.args, {}), params, strategy=strategy, chunk_size=chunk)
+
+
+@settings(max_examples=15)
+@given(case=random_models, E=st.integers(1, 3), data=st.data())
+def test_random_models_with_any_part_stacked(case: Any, E: int, data: st.DataObject) -> None:
+    names = [name for name, _ in case.model.named_parameters()]
+    owned = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    _check(Sample(case.model, case.args, {}), fe.batchensemble_params(case.model, E, stacked=owned))
+
+
+_TORCHVISION = {
+    "classification": ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "shufflenet_v2_x0_5", "squeezenet1_1"],
+    "segmentation": ["lraspp_mobilenet_v3_large"],
+    "optical_flow": ["raft_small"],
+    "detection": ["ssdlite320_mobilenet_v3_large"],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family, names in _TORCHVISION.items() for name in names]
+)
+def test_a_sample_of_torchvision(family: str, name: str) -> None:
+    """One of each family; benchmarks/coverage.py tries them all."""
+    (case,) = (case for case in cases(family) if case.name == name)
+    sample = case.make() if family == "optical_flow" else _exact(case)  # RAFT computes in float32, whatever it is given
+    params = fe.batchensemble_params(sample.model, 2, r_std=0.1, s_std=0.1)
+    tolerance = 1e-2 if family == "optical_flow" else 1e-6
+    forward = _check(sample, params, tolerance=tolerance)
+    assert forward.strategy == ("loop" if family == "detection" else "vmap")
+
+
+def test_detections_come_as_lists() -> None:
+    """Every member finds boxes of its own, so many as it finds."""
+
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(2, 1)
+
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            return [{"boxes": image[self.score(image)[:, 0] > 0], "mean": image.mean(0)} for image in images]
+
+    model = Detector()
+    images = [torch.randn(9, 2), torch.randn(5, 2)]
+    params = fe.ensemble_params(model, 4)
+    for options in ({}, {"strategy": "loop"}, {"strategy": "loop", "chunk_size": 1}):
+        found = fe.make_forward(model, **options)(params, images)
+        assert len(found) == 2
+        for image, answer in zip(images, found, strict=True):
+            assert isinstance(answer["boxes"], list) and len(answer["boxes"]) == 4
+            assert len({len(boxes) for boxes in answer["boxes"]}) > 1  # else nothing is shown
+            assert answer["mean"].shape == (4, 2)
+            for i, boxes in enumerate(answer["boxes"]):
+                weights = fe.member_params(model, params, i)
+                alone = torch.func.functional_call(model, weights, ([image],))
+                assert torch.equal(boxes, alone[0]["boxes"])
