@@ -594,8 +594,8 @@ def torchvision_names(family: str) -> list[str]:
     return models.list_models(module=module)
 
 
-# The smallest square image that a model takes, where that is more than 32 pixels; and where its size is an option.
-_SIZES = {"alexnet": 63, "inception": 75, "maxvit": 224, "raft": 128, "mvit": 64, "s3d": 224}
+# The square image that a model gets, where it takes none of 32 pixels, or batch norm would see single numbers there.
+_SIZES = {"alexnet": 63, "inception": 75, "maxvit": 224, "raft": 128, "mvit": 64, "s3d": 224, "regnet": 64}
 _BATCH = 4  # of fewer, batch norm makes numbers that rounding changes
 _MVIT_FRAMES = 4
 
