@@ -237,6 +237,68 @@ def _embedding(layer: nn.Embedding, input: Tensor, *, weight: Rank1) -> Tensor:
     return rows * s * r
 
 
+@rank1_rule(
+    nn.MultiheadAttention,
+    when=lambda layer: layer._qkv_same_embed_dim and layer.bias_k is None and not layer.add_zero_attn,
+)
+def _attention(
+    layer: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+    *,
+    in_proj_weight: Rank1,
+) -> tuple[Tensor, Tensor | None]:
+    if is_causal and attn_mask is None:
+        raise RuntimeError("is_causal: expected attn_mask too, of which it is a hint")
+    batched, heads = query.ndim == 3, layer.num_heads
+    turned = batched and not layer.batch_first
+
+    def enter(x: Tensor) -> Tensor:  # as [B, L, D]
+        return x.transpose(0, 1) if turned else x if batched else rearrange(x, "l d -> 1 l d")
+
+    weight, r, s = in_proj_weight.weight, in_proj_weight.r, in_proj_weight.s
+    if query is key and key is value:
+        packed = _leave(linear(_enter(enter(query), s), weight), r, layer.in_proj_bias)
+        parts = list(rearrange(packed, "b l (three d) -> three b l d", three=3))
+    else:
+        biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
+        pieces = zip((query, key, value), weight.chunk(3), r.chunk(3), biases, strict=True)
+        parts = [_leave(linear(_enter(enter(x), s), W), out, bias) for x, W, out, bias in pieces]
+    q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=heads) for part in parts)
+
+    masks = []
+    if attn_mask is not None:
+        own = "(b h) l s -> b h l s" if attn_mask.ndim == 3 else "l s -> 1 1 l s"
+        masks.append(rearrange(attn_mask, own, **({"h": heads} if attn_mask.ndim == 3 else {})))
+    if key_padding_mask is not None:
+        masks.append(rearrange(key_padding_mask, "b s -> b 1 1 s" if batched else "s -> 1 1 1 s"))
+    mask = None
+    for each in masks:
+        added = (
+            torch.zeros_like(each, dtype=q.dtype).masked_fill(each, -torch.inf) if each.dtype == torch.bool else each
+        )
+        mask = added if mask is None else mask + added
+
+    dropout = layer.dropout if layer.training else 0.0
+    weights = None
+    if need_weights:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        y = weights @ v
+        weights = weights.mean(1) if average_attn_weights else weights
+        weights = weights if batched else weights[0]
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    y = layer.out_proj(rearrange(y, "b h l d -> b l (h d)"))
+    return (y.transpose(0, 1) if turned else y if batched else y[0]), weights
+
+
 rank1_layout(nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, layout=lambda layer: Layout())
 rank1_layout(nn.Embedding, nn.EmbeddingBag, layout=lambda layer: Layout(transposed=True))
 rank1_layout(_ConvNd, layout=lambda layer: Layout(layer.groups))

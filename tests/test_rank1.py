@@ -61,10 +61,54 @@ def test_fast_rules_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rank1, "materialise", refuse)
     for layer, x in layers:
         fe.make_forward(layer)(fe.batchensemble_params(layer, 2), x)
+    attention = nn.MultiheadAttention(4, 2)
+    fe.make_forward(attention)(fe.batchensemble_params(attention, 2), *[torch.randn(3, 1, 4)] * 3)
     for plain in (nn.Embedding(3, 2, max_norm=1.0), nn.Bilinear(3, 3, 2)):
         inputs = (torch.tensor([0]),) if isinstance(plain, nn.Embedding) else (torch.randn(1, 3), torch.randn(1, 3))
         with pytest.raises(AssertionError, match="materialised"):
             fe.make_forward(plain)(fe.batchensemble_params(plain, 2), *inputs)
+
+
+@given(data=st.data(), E=members)
+def test_the_rule_for_attention_equals_the_oracle(data: st.DataObject, E: int) -> None:
+    def draw(*options: Any) -> Any:
+        return data.draw(st.sampled_from(options))
+
+    heads, batch, L, S = draw(1, 2), draw(1, 3), draw(1, 4), draw(1, 3)
+    batch_first, batched, alone = draw(False, True), draw(False, True), draw(False, True)
+    model = nn.MultiheadAttention(4, heads, bias=draw(False, True), batch_first=batch_first, dropout=0.3).double()
+    assert rule_of(model) is not None
+    model.eval()
+
+    def tensor(length: int) -> Tensor:
+        return randn(length, 4) if not batched else randn(*((batch, length) if batch_first else (length, batch)), 4)
+
+    query = tensor(L)
+    key, value = (query, query) if alone else (tensor(S), tensor(S))
+    S = L if alone else S
+    options: dict[str, Any] = {"need_weights": draw(False, True), "average_attn_weights": draw(False, True)}
+    shape = [draw((L, S), ((batch if batched else 1) * heads, L, S))]
+    match draw("none", "bool", "float"):
+        case "bool":
+            options["attn_mask"] = torch.rand(*shape[0]) < 0.3
+            options["attn_mask"][..., 0] = False  # something is left to attend to
+        case "float":
+            options["attn_mask"] = randn(*shape[0])
+    if draw(False, True):
+        padding = torch.rand(*((batch, S) if batched else (S,))) < 0.3
+        padding[..., 0] = False
+        floating = options.get("attn_mask") is not None and options["attn_mask"].is_floating_point()
+        options["key_padding_mask"] = (
+            torch.zeros(padding.shape).double().masked_fill(padding, -9.0) if floating else padding
+        )
+    params = fe.batchensemble_params(model, E)
+    want = loop(model, params, query, key, value, **options)
+    forward = fe.make_forward(model)
+    assert_same(forward(params, query, key, value, **options), want)
+    assert_same(
+        gradients(forward, params, query, key, value, **options),
+        gradients(partial(loop, model), params, query, key, value, **options),
+    )
 
 
 @given(case=fast_layers, E=members, strategy=st.sampled_from(["vmap", "loop"]))
