@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from functorch_ens.outputs import Form, take_apart
 from functorch_ens.params import EnsembleParams
 from functorch_ens.template import Template
+from functorch_ens.trees import Form, take_apart
 
 _LOCK = threading.RLock()
 
@@ -35,8 +34,7 @@ class Call:
         self.shared = params.shared
         self.stacked = params.stacked
         self.buffers = None if buffers is None else dict(buffers)
-        self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
-        self.inputs = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self.inputs, self._arguments = take_apart((args, kwargs))
         self.member_inputs = member_inputs
         self.modes = template.modes()
         self._template = template
@@ -58,9 +56,7 @@ class Call:
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """One member's output, as a flat list of its tensors, and its new buffers."""
         # A forward may write to its inputs and buffers in place: to copies, never to what was passed in.
-        tensors = iter([x.clone() for x in inputs])
-        leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        args, kwargs = self._arguments.rebuild(iter([x.clone() for x in inputs]))
         copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **buffers}.items()}
         output, new = self._template({**shared, **stacked}, copies, args, kwargs)
         if any(self.modes):  # torch.compile cannot read the version of what grad wraps, and sees only what is replaced
@@ -70,7 +66,7 @@ class Call:
                 for name in self._own_buffers
                 if new[name] is not copies[name] or (versioned and copies[name]._version)
             }
-        values, form = take_apart(output)
+        values, form = take_apart(output, constants_only=True)
         if self._form is not None and repr(self._form) != repr(form):  # repr: a NaN is not equal to itself
             raise TypeError(f"output: what is no tensor must be the same for all members, got {self._form} and {form}")
         self._form = form

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from functorch_ens.params import EnsembleParams
 from functorch_ens.rank1 import rank1_layouts, rank1_names, rule_for
-from functorch_ens.structure import Site, parameter_sites
+from functorch_ens.structure import Site, is_compiled, parameter_sites
 from functorch_ens.validate import Expected
 
 
@@ -141,7 +141,8 @@ def describe(model: nn.Module, params: EnsembleParams) -> Description:
             )
         )
     own = list(model.parameters())
-    return Description(type(model).__name__, E, rows, _count(own, Tensor.numel), _count(own, _bytes))
+    written = next(module for module in model.modules() if not is_compiled(module))
+    return Description(type(written).__name__, E, rows, _count(own, Tensor.numel), _count(own, _bytes))
 
 
 def _bytes(tensor: Tensor) -> int:

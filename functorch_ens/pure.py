@@ -58,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight, bias = autocast(x, weight, bias)
     if x.ndim < 3:
         return F.linear(x, weight, bias)
-    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+    return F.linear(x.flatten(0, -2), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _conv_forward(layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

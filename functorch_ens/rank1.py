@@ -124,9 +124,12 @@ def rank1_rule(
     torch.Size([4, 5, 2])
 
     Raises:
-        TypeError: one of `layer_types` is not a module class, or the rule has no keyword-only argument.
+        TypeError: one of `layer_types` is not a module class, `when` is not callable, or the rule has no keyword-only
+            argument.
     """
     _check_layer_types(layer_types)
+    if not callable(when):
+        raise TypeError(f"when: expected a predicate on the layer, got {when!r}")
 
     def register(rule: Callable[..., Any]) -> Callable[..., Any]:
         arguments = inspect.signature(rule).parameters.values()

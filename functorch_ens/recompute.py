@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import vjp
 from torch.utils import _pytree as pytree
 
@@ -18,22 +19,42 @@ from functorch_ens.randomness import RandomState
 
 
 def recomputed(
-    function: Callable[[Any], Any], argument: Any, replay: Callable[[], AbstractContextManager[None]]
-) -> Any:
-    """`function(argument)`, pytrees of tensors both; in a backward pass it is called again, within `replay()`.
+    function: Callable[[Any], tuple[Any, Any]], argument: Any, replay: Callable[[], AbstractContextManager[None]]
+) -> tuple[Any, Any]:
+    """`function(argument)`, pytrees of tensors; in a backward pass it is called again, within `replay()`.
 
-    The second time it finds the random state and autocast as they were the first time. Inside `torch.compile`, which
-    plans the memory itself, it is called as it is.
+    It returns a pair; inside `torch.func.grad` the second of it is taken for constant. The second time it finds the
+    random state and autocast as they were the first time. Inside `torch.compile`, which plans the memory itself, and
+    for forward-mode derivatives, which have no backward pass, it is called as it is.
     """
     leaves, spec = pytree.tree_flatten(argument)
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)):
+    trained = [leaf.requires_grad for leaf in leaves]
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or not (torch.is_grad_enabled() and any(trained))
+    ):
         return function(argument)
     form: pytree.TreeSpec
+    constant: list[bool] = []
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-        nonlocal form
-        outputs, form = pytree.tree_flatten(function(pytree.tree_unflatten(list(tensors), spec)))
-        return tuple(outputs)
+        nonlocal form, constant
+        result = function(pytree.tree_unflatten(list(tensors), spec))
+        outputs, form = pytree.tree_flatten(result)
+        first = len(pytree.tree_leaves(result[0]))
+        constant = [index >= first or not _is_differentiable(leaf) for index, leaf in enumerate(outputs)]
+        # An input that is also an output cannot be told apart from it by autograd.
+        return tuple(leaf.view_as(leaf) if any(leaf is x for x in tensors) else leaf for leaf in outputs)
+
+    def first_time(*tensors: Tensor) -> tuple[Tensor, ...]:
+        nonlocal constant
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return flat(*tensors)
+        with torch.enable_grad():  # to see what depends on what is trained
+            outputs = flat(*(x.detach().requires_grad_(needed) for x, needed in zip(tensors, trained, strict=True)))
+        constant = [not leaf.requires_grad for leaf in outputs]
+        return tuple(leaf.detach() for leaf in outputs)
 
     surroundings = _surroundings(leaves)
 
@@ -42,7 +63,7 @@ def recomputed(
         with surroundings(), replay():
             yield
 
-    outputs = _Recomputed.apply(flat, again, *leaves)
+    outputs = _Recomputed.apply(first_time, flat, again, lambda: constant, *leaves)
     return pytree.tree_unflatten(list(outputs), form)
 
 
@@ -50,41 +71,48 @@ class _Recomputed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(flat: Callable[..., tuple[Tensor, ...]], again: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return flat(*tensors)
+    def forward(first_time: Callable[..., Any], flat: Any, again: Any, constant: Any, *tensors: Tensor) -> Any:
+        return first_time(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.flat, ctx.again = inputs[:2]
-        ctx.save_for_backward(*inputs[2:])
-        ctx.differentiable = [_is_differentiable(leaf) for leaf in output]
-        ctx.mark_non_differentiable(*(leaf for leaf in output if not _is_differentiable(leaf)))
+        _, ctx.flat, ctx.again, constant = inputs[:4]
+        ctx.constant = constant()
+        ctx.save_for_backward(*inputs[4:])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(leaf for leaf, fixed in zip(output, ctx.constant, strict=True) if fixed))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         tensors = [_below(tensor) for tensor in ctx.saved_tensors]
-        gradients = tuple(_below(gradient) for gradient in gradients)
-        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        given = [
+            (index, _below(gradient))
+            for index, (gradient, fixed) in enumerate(zip(gradients, ctx.constant, strict=True))
+            if gradient is not None and not fixed
+        ]
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
+        nothing: tuple[Any, ...] = (None,) * 4
+        if not given:
+            return *nothing, *(None for _ in tensors)
 
         def compute(*some: Tensor) -> tuple[Tensor, ...]:
-            given = dict(zip(wanted, some, strict=True))
-            outputs = ctx.flat(*(given.get(index, tensor) for index, tensor in enumerate(tensors)))
-            return tuple(leaf for leaf in outputs if _is_differentiable(leaf))
+            own = dict(zip(wanted, some, strict=True))
+            outputs = ctx.flat(*(own.get(index, tensor) for index, tensor in enumerate(tensors)))
+            return tuple(outputs[index] for index, _ in given)
 
-        gradients = tuple(g for g, keep in zip(gradients, ctx.differentiable, strict=True) if keep)
         some = [tensors[index] for index in wanted]
+        slopes = tuple(gradient for _, gradient in given)
         if torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
             with ctx.again():
                 pull: Any = vjp(compute, *some)[1]
-            found = pull(gradients)
+            found = pull(slopes)
         else:  # works also for operations that torch.func cannot follow
             with ctx.again(), torch.enable_grad():
                 leaves = [tensor.detach().requires_grad_() for tensor in some]
                 outputs = compute(*leaves)
-            pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
-            found = torch.autograd.grad([y for y, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+            found = torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
         results = dict(zip(wanted, found, strict=True))
-        return None, None, *(results.get(index) for index in range(len(tensors)))
+        return *nothing, *(results.get(index) for index in range(len(tensors)))
 
 
 def _below(tensor: Tensor) -> Tensor:

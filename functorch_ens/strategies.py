@@ -47,6 +47,8 @@ def run(call: Call, plan: Plan) -> Members:
     size = plan.chunk_size
     if size is None or size >= call.E:
         return compute(call, plan, everything)
+    # What is computed again reads the buffers of now, whatever the caller writes to them in between.
+    everything = everything._replace(buffers={name: buffer.clone() for name, buffer in everything.buffers.items()})
     chunks = _split(everything, size, call.member_inputs)
     results = []
     for index, chunk in enumerate(chunks):

@@ -52,7 +52,7 @@ class Template:
         self._aliases = _aliases(parameter_sites(model), sites, layouts) | _aliases(
             self._buffers, buffer_sites(self._module), {}
         )
-        self.kind = type(model).__name__
+        self.kind = type(self._pairs[0][0]).__name__
         self._pristine = Snapshot(self._module, {id(value) for value in memo.values()})
 
     def __call__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -111,6 +112,52 @@ def test_outputs_are_pytrees(strategy: str) -> None:
     assert_same(got, loop(model, params, x))
     assert got["pair"][1] is None and got["note"] == "text" and got["list"][1] == 3
     assert got["shared"].shape == (2, 4, 3) and got["pair"][0].shape == (2,)
+
+
+@dataclass
+class _Batch:
+    x: Tensor
+    scale: float = 2.0
+
+
+@dataclass
+class _Result:
+    y: Tensor
+    inner: dict[str, _Batch]
+    unset: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.derived = self.y * 3
+
+
+class _OnDataclasses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, batch: _Batch) -> _Result:
+        batch.x.mul_(batch.scale)  # in place, on what it was given
+        return _Result(self.layer(batch.x), {"batch": batch})
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_dataclasses_go_in_and_come_out(strategy: str, chunk: int | None) -> None:
+    model, x = _OnDataclasses().double(), randn(3, 4, 3)
+    params = fe.ensemble_params(model, 3)
+    before = x.clone()
+    slope = x[0].clone().requires_grad_()
+    forward = fe.make_forward(model, strategy=strategy, chunk_size=chunk)
+    result = forward(params, _Batch(slope))
+    want = torch.stack([F.linear(2 * x[0], w, b) for w, b in zip(*params.stacked.values(), strict=True)])
+    assert isinstance(result, _Result) and not hasattr(result, "unset")
+    assert_same(result.y, want)
+    assert_same(result.derived, 3 * want)
+    assert result.inner["batch"].x.shape == (3, 4, 3) and result.inner["batch"].scale == 2.0
+    result.y.sum().backward()
+    assert slope.grad is not None and torch.equal(slope, x[0])
+    own = fe.make_forward(model, strategy=strategy, chunk_size=chunk, member_inputs=True)
+    assert own(params, _Batch(x)).y.shape == (3, 4, 2) and torch.equal(x, before)
 
 
 def test_an_output_number_that_differs_between_members_is_an_error() -> None:

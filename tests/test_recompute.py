@@ -20,7 +20,7 @@ E = 8
 def _deep_net() -> tuple[nn.Module, Tensor, int]:
     """A net, an input, and the bytes that the output of one of its layers takes for one member."""
     layers = [layer for _ in range(8) for layer in (nn.Linear(32, 32), nn.Tanh(), nn.Dropout(0.1))]
-    x = torch.randn(2000, 32)
+    x = torch.randn(500, 32)
     return nn.Sequential(*layers), x, x.numel() * x.element_size()
 
 
@@ -176,3 +176,61 @@ def test_a_model_that_torch_func_cannot_follow_is_computed_again_too() -> None:
     whole, chunked = fe.make_forward(model), fe.make_forward(model, chunk_size=2)
     assert whole.strategy == chunked.strategy == "loop"
     assert_same(gradients(chunked, params, x), gradients(partial(whole), params, x))
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("way", ["autograd", "torch.func"])
+def test_buffers_are_carried_from_step_to_step(strategy: str, way: str) -> None:
+    model, x = _noisy_net(), randn(7, 4)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    params = fe.ensemble_params(model, 5)
+    states = {}
+    for chunk in (None, 2):
+        buffers, forward = fe.ensemble_buffers(model, 5), fe.make_forward(model, strategy=strategy, chunk_size=chunk)
+        slopes: Any = None
+        for _ in range(3):
+
+            def loss(params: fe.EnsembleParams, buffers: Any = buffers, forward: Any = forward) -> Any:
+                y, new = forward(params, x, buffers=buffers)
+                return y.square().sum(), new
+
+            if way == "autograd":
+                value, new = loss(params)
+                assert not any(buffer.requires_grad for buffer in new.values())
+                for name, buffer in buffers.items():  # before the backward pass, which computes a chunk again
+                    buffer.copy_(new[name])
+                slopes = torch.autograd.grad(value, [t for group in params for t in group.values()])
+            else:
+                with torch.no_grad():
+                    slopes, buffers = grad(loss, has_aux=True)(params)
+        states[chunk] = slopes, buffers
+    assert_same(states[2], states[None])
+
+
+def test_only_what_is_trained_gets_a_gradient() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"a": self.a(x), "b": self.b(x), "x": x, "weight": self.a.weight, "constant": torch.ones(2)}
+
+    model, x = Heads().double(), randn(4, 3)
+    for strategy in ("vmap", "loop"):
+        params = fe.ensemble_params(model, 4)
+        output = fe.make_forward(model, strategy=strategy, chunk_size=2)(params, x)
+        assert [name for name, value in output.items() if value.requires_grad] == ["a", "b", "weight"]
+        output["a"].sum().backward()
+        assert params.stacked["a.weight"].grad is not None and params.stacked["b.weight"].grad is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:FutureWarning")  # by torch's own forward mode
+def test_forward_mode_derivatives_with_chunks() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), randn(2, 3)
+    params = fe.batchensemble_params(model, 4)
+    whole, chunked = fe.make_forward(model), fe.make_forward(model, chunk_size=2)
+    second = [torch.func.hessian(lambda x, f=f: f(params, x).pow(3).sum())(x) for f in (chunked, whole)]
+    assert_same(second[0], second[1])

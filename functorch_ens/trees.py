@@ -1,4 +1,4 @@
-"""What a model returns, taken apart into its tensors and put together again."""
+"""What a model is called with and what it returns, taken apart into tensors and put together again."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, to
 
 
 class _Fields(NamedTuple):
-    """A dataclass among the leaves of an output: its class, and the form of the dict of its fields."""
+    """A dataclass among the leaves: its class, and the form of the dict of its attributes."""
 
     cls: type[Any]
     form: Form
 
 
 class Form(NamedTuple):
-    """An output without its tensors."""
+    """A pytree without its tensors."""
 
     spec: pytree.TreeSpec
     values: list[Any]
     """The leaves: `...` stands for a tensor, `_Fields` for a dataclass; the others are as they are."""
 
     def rebuild(self, tensors: Iterator[Any]) -> Any:
-        """The output with the next of `tensors` in the place of each of its own."""
+        """The pytree with the next of `tensors` in the place of each of its own."""
         leaves = []
         for value in self.values:
             if value is ...:
@@ -41,29 +41,31 @@ class Form(NamedTuple):
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-def take_apart(output: Any) -> tuple[list[Tensor], Form]:
-    """The tensors in `output`, any pytree that may hold dataclasses, and its form.
+def take_apart(tree: Any, *, constants_only: bool = False) -> tuple[list[Tensor], Form]:
+    """The tensors in `tree`, any pytree that may hold dataclasses, and its form.
 
-    Raises TypeError where it holds anything that is neither a tensor nor a constant.
+    With `constants_only`, TypeError where it holds anything that is neither a tensor nor known to be constant.
     """
     tensors: list[Tensor] = []
-    leaves, spec = pytree.tree_flatten(output)
+    leaves, spec = pytree.tree_flatten(tree)
     values: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
             values.append(...)
-        elif isinstance(leaf, _CONSTANTS):
-            values.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            inner, form = take_apart({field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)})
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type | dict | list):
+            names = dict.fromkeys([*(field.name for field in dataclasses.fields(leaf)), *getattr(leaf, "__dict__", ())])
+            attributes = {name: getattr(leaf, name) for name in names if hasattr(leaf, name)}
+            inner, form = take_apart(attributes, constants_only=constants_only)
             tensors += inner
             values.append(_Fields(type(leaf), form))
-        else:
+        elif constants_only and not isinstance(leaf, _CONSTANTS):
             raise TypeError(
                 "output: expected tensors, numbers, text or None in a pytree or a dataclass, got "
                 f"{type(leaf).__name__}; torch.utils._pytree.register_pytree_node makes a type of output one"
             )
+        else:
+            values.append(leaf)
     return tensors, Form(spec, values)
 
 
