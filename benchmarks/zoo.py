@@ -600,6 +600,16 @@ _BATCH = 4  # of fewer, batch norm makes numbers that rounding changes
 _MVIT_FRAMES = 4
 
 
+# Few boxes, and none dropped by a threshold, which rounding could pass in a network that has not been trained.
+_FEW_BOXES: dict[str, Any] = {
+    **{f"rpn_{when}_nms_top_n_{mode}": 20 for when in ("pre", "post") for mode in ("train", "test")},
+    "rpn_nms_thresh": 1.0,
+    "box_nms_thresh": 1.0,
+    "box_score_thresh": 0.0,
+    "box_detections_per_img": 10,
+}
+
+
 def _torchvision(family: str, name: str) -> Sample:
     """A model of torchvision with few classes, and tiny images, videos, or pairs of images for it."""
     from torchvision import models
@@ -620,6 +630,7 @@ def _torchvision(family: str, name: str) -> Sample:
         size = options["image_size"]
     if family == "detection":
         options |= {} if name.startswith("ssd") else {"min_size": 64, "max_size": 64}
+        options |= _FEW_BOXES if "rcnn" in name else {}
     with warnings.catch_warnings(action="ignore"), _smaller_mvit(size):
         model = models.get_model(name, **options)
     if family == "detection":
