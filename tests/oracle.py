@@ -110,7 +110,8 @@ def gradients(call: Callable[..., Any], params: fe.EnsembleParams, *args: Any, *
 
 def peak_memory(function: Callable[[], Any]) -> int:
     """The most bytes that tensors on the CPU have held at once, above what they held before, as torch counts them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
         function()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -98,7 +98,8 @@ def test_stochastic_depth_drops_rows_of_each_member_at_its_rate() -> None:
 
 
 def test_a_transformer_in_eval_mode_has_a_gradient_also_compiled() -> None:
-    model, x = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).double().eval(), randn(2, 3, 4)
+    # In float32: of float64 the compiler of torch 2.11 makes a backward pass of attention with mixed dtypes.
+    model, x = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval(), torch.randn(2, 3, 4)
     params = fe.batchensemble_params(model, 3)
     forward = fe.make_forward(model)
     step = torch.func.grad(lambda params: forward(params, x).square().sum())
