@@ -3,7 +3,7 @@
 Each model is tried as a classic ensemble and as a BatchEnsemble, in eval and in training mode. Outputs, new buffers and
 gradients must equal those of a plain Python loop over E ordinary networks with the members' weights.
 
-    python benchmarks/coverage.py                            everything; an hour or two on two cores
+    python benchmarks/coverage.py                            everything; some hours on two cores
     python benchmarks/coverage.py --family nn written        a few minutes
     python benchmarks/coverage.py --only 'resnet*' swin_t
     python benchmarks/coverage.py --factory package.module:build
