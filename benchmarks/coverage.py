@@ -32,11 +32,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from plain import opened, plain_loop
+from plain import combined, opened, plain_loop
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
-from zoo import FAMILIES, Case, Sample, cases
+from zoo import FAMILIES, Case, Sample, cases, exact
 
 import functorch_ens as fe
 
@@ -135,7 +135,7 @@ def _attempt_all(case: Case, E: int, send: Connection) -> None:
     warnings.simplefilter("ignore")
     logging.disable()  # what it would say is in the table
     torch.manual_seed(0)
-    single, double = case.make(), cache(partial(_exact, case))
+    single, double = case.make(), cache(partial(exact, case))
     for kind, mode in RUNS:
         try:
             result = attempt(kind, mode, E, single, double)
@@ -198,20 +198,19 @@ def attempt(kind: str, mode: str, E: int, single: Sample, double: Callable[[], S
     strategies = list(dict.fromkeys([auto.strategy, *([] if trial.part else ["loop"])]))
     wrong: str | None = "not compared yet"
     if trial.part:
-        wrong = _compare(trial, strategies, result)
+        wrong = _compare(trial, trial.plain(), strategies, result)
     if wrong and _parameters(single.model) < _HUGE:
-        exact = Trial(double(), kind, mode, E)
+        precise = Trial(double(), kind, mode, E)
         try:
-            exact.plain()
+            want = precise.plain()
         except Exception:  # some models compute in float32 inside, whatever they are given
-            exact = trial
-        wrong = _compare(exact, strategies, result)
+            precise, want = trial, trial.plain()
+        wrong = _compare(precise, want, strategies, result)
     return {**result, "by": "fails", "reason": wrong} if wrong else result
 
 
-def _compare(trial: Trial, strategies: list[str], result: dict[str, Any]) -> str | None:
-    """What differs from the plain loop beyond rounding, if anything; the sizes of the differences go to `result`."""
-    want = trial.plain()
+def _compare(trial: Trial, want: Any, strategies: list[str], result: dict[str, Any]) -> str | None:
+    """What differs from `want`, the plain loop's, beyond rounding, if anything; how much goes to `result`."""
     want_gradients = trial.gradients(want)
     tolerance = max(_TOLERANCE[t.dtype] for t in trial.params.stacked.values() if t.dtype in _TOLERANCE)
     for strategy in strategies:
@@ -224,23 +223,8 @@ def _compare(trial: Trial, strategies: list[str], result: dict[str, Any]) -> str
     return None
 
 
-def _exact(case: Case) -> Sample:
-    """The model and its inputs in float64."""
-    torch.manual_seed(0)
-    model, args, kwargs = case.make()
-    model._apply(_to_double)
-    return Sample(model, *pytree.tree_map(_to_double, (args, kwargs)))
-
-
 def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _to_double(value: Any) -> Any:
-    """Floating numbers in float64, complex ones in complex128, the rest as it is."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.double() if value.is_floating_point() else value.to(torch.complex128) if value.is_complex() else value
 
 
 def ensemble(model: nn.Module, kind: str, E: int) -> fe.EnsembleParams:
@@ -258,15 +242,11 @@ def ensemble(model: nn.Module, kind: str, E: int) -> fe.EnsembleParams:
 
 def gradients(output: Any, params: fe.EnsembleParams, part: bool) -> list[Tensor]:
     """The gradient, in all parameters or a part of them, of a fixed random combination of the outputs."""
-    leaves = [leaf for leaf in pytree.tree_leaves(opened(output[0])) if isinstance(leaf, Tensor) and leaf.requires_grad]
     trained = [tensor for group in params for tensor in group.values() if tensor.requires_grad]
     if part:
         trained = trained[::8]
-    generator = torch.Generator().manual_seed(3)
-    total = sum(
-        (leaf * torch.randn(leaf.shape, generator=generator).to(leaf.real.dtype)).sum().real.double() for leaf in leaves
-    )
-    if not isinstance(total, Tensor):
+    total = combined(output[0])
+    if total is None:
         return []
     if part:
         found: Any = torch.autograd.grad(total, trained, allow_unused=True)

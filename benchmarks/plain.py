@@ -61,6 +61,18 @@ def with_weights(model: nn.Module, weights: Weights, buffers: Weights) -> nn.Mod
     return member
 
 
+def combined(output: Any) -> Tensor | None:
+    """A fixed random combination of all that has a gradient in `output`: a number to differentiate; None of nothing."""
+    leaves = [leaf for leaf in pytree.tree_leaves(pytree.tree_map(opened, output)) if isinstance(leaf, Tensor)]
+    source = torch.Generator().manual_seed(1)
+    terms = [
+        (leaf * torch.randn(leaf.shape, generator=source).to(leaf.real)).sum().real.double()
+        for leaf in leaves
+        if leaf.requires_grad
+    ]
+    return torch.stack(terms).sum() if terms else None
+
+
 def opened(value: Any) -> Any:
     """A dataclass as a dict of its fields: pytrees do not know it."""
     return dict(vars(value)) if hasattr(value, "__dataclass_fields__") else value

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 
@@ -44,6 +45,19 @@ FAMILIES: tuple[str, ...] = (
     "detection",
 )
 """`nn`: the layers of torch.nn; `written`: ways to write a model; the others are torchvision's, as it calls them."""
+
+
+def exact(case: Case) -> Sample:
+    """The model of `case` and its inputs in float64 and complex128; integers stay."""
+    model, args, kwargs = case.make()
+    model._apply(_to_exact)
+    return Sample(model, *pytree.tree_map(_to_exact, (args, kwargs)))
+
+
+def _to_exact(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.double() if value.is_floating_point() else value.to(torch.complex128) if value.is_complex() else value
 
 
 def cases(family: str) -> list[Case]:

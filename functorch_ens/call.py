@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -83,11 +83,7 @@ class Call:
     @contextmanager
     def replay(self) -> Iterator[None]:
         """The template in the modes of this call, and for it alone: it holds the tensors that it is called with."""
-        if torch.compiler.is_compiling():
-            self._template.follow(self.modes)
-            yield
-            return
-        with _LOCK:
+        with nullcontext() if torch.compiler.is_compiling() else _LOCK:
             self._template.follow(self.modes)
             yield
 

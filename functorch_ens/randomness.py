@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,9 @@ class RandomState(NamedTuple):
     @classmethod
     def of(cls, tensors: Any) -> RandomState:
         """The state now, of the devices that a pytree of `tensors` is on."""
-        return cls(torch.get_rng_state(), {index: torch.cuda.get_rng_state(index) for index in cuda_devices(tensors)})
+        devices = {leaf.device for leaf in pytree.tree_leaves(tensors)}
+        cuda = sorted(device.index for device in devices if device.type == "cuda")
+        return cls(torch.get_rng_state(), {index: torch.cuda.get_rng_state(index) for index in cuda})
 
     def restore(self) -> None:
         """Make it the state again."""
@@ -32,9 +33,3 @@ class RandomState(NamedTuple):
         return torch.equal(self.cpu, other.cpu) and all(
             torch.equal(state, other.cuda[index]) for index, state in self.cuda.items()
         )
-
-
-def cuda_devices(tensors: Any) -> list[int]:
-    """The indices of the CUDA devices that a pytree of `tensors` is on."""
-    leaves: Iterable[Any] = pytree.tree_leaves(tensors)
-    return sorted({leaf.device.index for leaf in leaves if leaf.device.type == "cuda"})

@@ -16,6 +16,7 @@ from torch.func import vjp
 from torch.utils import _pytree as pytree
 
 from functorch_ens.randomness import RandomState
+from functorch_ens.structure import is_numeric
 
 
 def recomputed(
@@ -43,7 +44,7 @@ def recomputed(
         result = function(pytree.tree_unflatten(list(tensors), spec))
         outputs, form = pytree.tree_flatten(result)
         first = len(pytree.tree_leaves(result[0]))
-        constant = [index >= first or not _is_differentiable(leaf) for index, leaf in enumerate(outputs)]
+        constant = [index >= first or not is_numeric(leaf) for index, leaf in enumerate(outputs)]
         # An input that is also an output cannot be told apart from it by autograd.
         return tuple(leaf.view_as(leaf) if any(leaf is x for x in tensors) else leaf for leaf in outputs)
 
@@ -127,10 +128,6 @@ def _below(tensor: Tensor) -> Tensor:
     level = innermost.level()
     of_it = torch._C._functorch.maybe_get_level(tensor) == level
     return torch._C._functorch._unwrap_for_grad(tensor, level) if of_it else tensor
-
-
-def _is_differentiable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _surroundings(tensors: list[Tensor]) -> Callable[[], AbstractContextManager[None]]:

@@ -75,7 +75,7 @@ def _at_once(call: Call, plan: Plan, members: Slice) -> Members:
 
 def _one_by_one(call: Call, plan: Plan, members: Slice) -> Members:
     """By a loop."""
-    parts = _split(members, 1, call.member_inputs, unbind=True)
+    parts = _split(members, None, call.member_inputs)
     results = []
     for index, part in enumerate(parts):
         with _random(plan.randomness, last=index == len(parts) - 1, chunk=part):
@@ -84,15 +84,15 @@ def _one_by_one(call: Call, plan: Plan, members: Slice) -> Members:
     return leaves, {name: torch.stack([new[name] for _, new in results]) for name in members.buffers}
 
 
-def _split(members: Slice, size: int, member_inputs: bool, unbind: bool = False) -> list[Slice]:
-    """`members` in slices of `size`, or single ones without a leading axis.
+def _split(members: Slice, size: int | None, member_inputs: bool) -> list[Slice]:
+    """`members` in slices of `size`; of None, each alone and without the leading axis.
 
     Not by indexing: the backward pass of split and unbind writes every gradient once, where E indexings would add up E
     of full size.
     """
 
     def cut(tensor: Tensor) -> tuple[Tensor, ...]:
-        return tensor.unbind() if unbind else tensor.split(size)
+        return tensor.unbind() if size is None else tensor.split(size)
 
     stacked = {name: cut(tensor) for name, tensor in members.stacked.items()}
     buffers = {name: cut(tensor) for name, tensor in members.buffers.items()}

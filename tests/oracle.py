@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from plain import opened, plain_loop
+from plain import combined, opened, plain_loop
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
@@ -94,13 +94,9 @@ def loop(
 
 def gradients(call: Callable[..., Any], params: fe.EnsembleParams, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """The gradient, in every parameter, of a fixed random combination of all outputs of `call(params, *args)`."""
-    output = call(params, *args, **kwargs)
-    leaves = [leaf for leaf in pytree.tree_leaves(_opened(output)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    source = torch.Generator().manual_seed(1)
-    total = sum((leaf * torch.randn(leaf.shape, generator=source).to(leaf.real)).sum().real.double() for leaf in leaves)
-    named = {**params.shared, **params.stacked}
-    assert isinstance(total, Tensor)
-    trained = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+    total = combined(call(params, *args, **kwargs))
+    assert total is not None
+    trained = {name: tensor for name, tensor in tensors_of(params).items() if tensor.requires_grad}
     total.backward()  # and not grad(), which reentrant checkpointing forbids
     found = {name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in trained.items()}
     for tensor in trained.values():

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_same, assert_untouched, both_kinds, gradients, loop, snapshot
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from zoo import NOT_LAYERS, Case, Sample, cases, torchvision_names
+from zoo import NOT_LAYERS, Case, Sample, cases, exact, torchvision_names
 
 import functorch_ens as fe
 
@@ -30,19 +29,6 @@ def test_every_layer_of_torch_nn_is_in_the_zoo() -> None:
     missing = set(nn.modules.__all__) - NOT_LAYERS - tried
     assert not missing
     assert len(torchvision_names("classification")) >= 80
-
-
-def _exact(case: Case) -> Sample:
-    """The model and its inputs in float64, or complex128."""
-    model, args, kwargs = case.make()
-    model._apply(_to_exact)
-    return Sample(model, *pytree.tree_map(_to_exact, (args, kwargs)))
-
-
-def _to_exact(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.double() if value.is_floating_point() else value.to(torch.complex128) if value.is_complex() else value
 
 
 def _check(sample: Sample, params: fe.EnsembleParams, *, tolerance: float | None = None, **options: Any) -> fe.Forward:
@@ -67,7 +53,7 @@ def _check(sample: Sample, params: fe.EnsembleParams, *, tolerance: float | None
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", [*cases("nn"), *cases("written")], ids=lambda case: case.name)
 def test_every_model_equals_the_plain_loop(case: Case, train: bool) -> None:
-    sample = _exact(case)
+    sample = exact(case)
     sample.model.train(train)
     for params in both_kinds(sample.model, 3):
         for strategy in ("auto", "loop"):
@@ -136,7 +122,7 @@ _TORCHVISION = {
 def test_a_sample_of_torchvision(family: str, name: str) -> None:
     """One of each family; benchmarks/coverage.py tries them all."""
     (case,) = (case for case in cases(family) if case.name == name)
-    sample = case.make() if family == "optical_flow" else _exact(case)  # RAFT computes in float32, whatever it is given
+    sample = case.make() if family == "optical_flow" else exact(case)  # RAFT computes in float32, whatever it is given
     params = fe.batchensemble_params(sample.model, 2, r_std=0.1, s_std=0.1)
     tolerance = 1e-2 if family == "optical_flow" else 1e-6
     forward = _check(sample, params, tolerance=tolerance)
