@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from functorch_ens.call import Call, update_lost
 from functorch_ens.checks import check_bool, check_option, check_positive_int
 from functorch_ens.params import EnsembleParams
+from functorch_ens.products import SIDES
 from functorch_ens.randomness import RandomState
 from functorch_ens.strategies import Plan, run
 from functorch_ens.structure import parameter_sites
@@ -37,6 +38,7 @@ def make_forward(
     chunk_size: int | None = None,
     randomness: str = "different",
     member_inputs: bool = False,
+    rank1_side: str = "auto",
 ) -> Forward:
     """Build the forward of an ensemble of `model`, a pure function of the ensemble's parameters.
 
@@ -58,6 +60,9 @@ def make_forward(
         randomness: `"different"` dropout for every member, the `"same"`, or `"error"` where anything is random.
         member_inputs: False gives every input `[B, ...]` to each member. True: every tensor input is `[E, B, ...]`, and
             member i gets `[i]`.
+        rank1_side: where a layer's `s` is multiplied in: on what enters it (`"activation"`), on its weight
+            (`"weight"`, which multiplies `W * (r s^T)` out), or, `"auto"`, on the input, unless that is the same for
+            all members and has more numbers than the weight. The results are equal up to rounding.
 
     Returns:
         `forward(params, *args, buffers=None, **kwargs)`, which calls the model with `args` and `kwargs`. Every tensor
@@ -83,9 +88,10 @@ def make_forward(
     check_option(strategy, ("auto", "vmap", "loop"), "strategy")
     check_option(randomness, ("different", "same", "error"), "randomness")
     check_bool(member_inputs, "member_inputs")
+    check_option(rank1_side, SIDES, "rank1_side")
     if chunk_size is not None:
         chunk_size = check_positive_int(chunk_size, "chunk_size")
-    return Forward(model, strategy, chunk_size, randomness, member_inputs)
+    return Forward(model, strategy, chunk_size, randomness, member_inputs, rank1_side)
 
 
 class Forward:
@@ -95,14 +101,22 @@ class Forward:
     """The strategy in use: `"vmap"` or `"loop"`."""
     reason: str
     """Why that one."""
+    member_inputs: bool
+    """Whether every tensor input has a leading member axis."""
 
     def __init__(
-        self, model: nn.Module, strategy: str, chunk_size: int | None, randomness: str, member_inputs: bool
+        self,
+        model: nn.Module,
+        strategy: str,
+        chunk_size: int | None,
+        randomness: str,
+        member_inputs: bool,
+        rank1_side: str,
     ) -> None:
         self._expected = Expected(model, parameter_sites(model))
-        self._template = Template(model)
+        self._template = Template(model, rank1_side)
         self._norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _NormBase)]
-        self._member_inputs = member_inputs
+        self.member_inputs = member_inputs
         self._may_switch = strategy == "auto"
         obstacle = _obstacle(model)
         if strategy == "vmap" and obstacle:
@@ -124,7 +138,7 @@ class Forward:
             self._check_no_update()
         else:
             self._expected.check_buffers(buffers, E)
-        call = Call(self._template, E, params, buffers, args, kwargs, self._member_inputs)
+        call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs)
         if torch.compiler.is_compiling():
             with call.replay():
                 return call.result(*run(call, self._plan))

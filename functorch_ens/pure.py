@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import _SpectralNorm
 
+from functorch_ens.products import product
+
 
 def purify(layer: Any) -> None:
     """Give `layer` the pure form of its methods, where they are those of a class that has one."""
@@ -54,11 +56,13 @@ def autocast(*tensors: Any) -> Any:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, as one matrix product: of three or more axes vmap makes products of many copies of the weight."""
+    """`F.linear`, as one product of two matrices."""
     x, weight, bias = autocast(x, weight, bias)
     if x.ndim < 3:
-        return F.linear(x, weight, bias)
-    return F.linear(x.flatten(0, -2), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+        y = product(x, weight)
+    else:
+        y = product(x.flatten(0, -2), weight).reshape(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
 
 
 def _conv_forward(layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

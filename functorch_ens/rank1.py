@@ -1,4 +1,4 @@
-"""What a rank-1 weight means for each kind of layer: its axes, its exact value, and the fast rules.
+"""What a rank-1 weight means for each kind of layer: its axes, its exact value, and the registry of the fast rules.
 
 A member's effective weight is `W_i = W * (r_i s_i^T)`: `s` scales what enters the layer, `r` what leaves it,
 
@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from functorch_ens.pure import conv_transpose, linear
 from functorch_ens.structure import Site, is_numeric
 
 
@@ -37,6 +35,23 @@ class Layout(NamedTuple):
         first, second = weight.shape[0], weight.shape[1] * self.groups
         return (second, first) if self.transposed else (first, second)
 
+    def multiplied(
+        self, weight: Tensor, *, r: Tensor | None = None, s: Tensor | None = None, spatial: int = 0
+    ) -> Tensor:
+        """`weight` times `r` along its output axis and `s` along its input axis, where they are given.
+
+        Its first two axes are followed by `spatial` others. Any of the tensors may have a leading member axis.
+        """
+        first, second = (s, r) if self.transposed else (r, s)
+        axes, ones = "".join(f" k{i}" for i in range(spatial)), " 1" * spatial
+        scales = []
+        if first is not None:
+            scales.append(rearrange(first, f"... (g a) -> ... g a 1{ones}", g=self.groups))
+        if second is not None:
+            scales.append(rearrange(second, f"... (g b) -> ... g 1 b{ones}", g=self.groups))
+        parts = rearrange(weight, f"... (g a) b{axes} -> ... g a b{axes}", g=self.groups)
+        return rearrange(parts * prod(scales), f"... g a b{axes} -> ... (g a) b{axes}")
+
 
 class Rank1(NamedTuple):
     """One member's rank-1 weight: the shared `weight`, with `r` `[out]` and `s` `[in]`."""
@@ -45,14 +60,12 @@ class Rank1(NamedTuple):
     r: Tensor
     s: Tensor
     layout: Layout = Layout()
+    side: str = "auto"
+    """Where a fast rule multiplies `s` in, one of `products.SIDES`."""
 
     def materialise(self) -> Tensor:
         """The effective weight `W * (r s^T)`, of the shape of `weight`."""
-        first, second = (self.s, self.r) if self.layout.transposed else (self.r, self.s)
-        groups = self.layout.groups
-        scale = rearrange(first, "(g a) -> g a 1", g=groups) * rearrange(second, "(g b) -> g 1 b", g=groups)
-        trailing = " 1" * (self.weight.ndim - 2)
-        return self.weight * rearrange(scale, f"g a b -> (g a) b{trailing}")
+        return self.layout.multiplied(self.weight, r=self.r, s=self.s, spatial=self.weight.ndim - 2)
 
 
 def rank1_names(name: str) -> tuple[str, str]:
@@ -185,121 +198,6 @@ def rule_for(layer: nn.Module, layouts: Mapping[str, Layout]) -> Rule | None:
     """
     found = rule_of(layer)
     return found if found and all(layouts.get(leaf) == layout_of(layer) for leaf in found.weights) else None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The fast rules: scale the activations, so that the shared weight serves all members in one product.
-
-
-def _enter(x: Tensor, s: Tensor, spatial: int = 0) -> Tensor:
-    """Scale what enters a layer, `[..., in, *spatial]`, by `s`, in the dtype of `x`.
-
-    An `x` that does not fit is left as it is: broadcasting it would hide the error that the layer itself has for it.
-    """
-    if x.ndim <= spatial or x.shape[-1 - spatial] != s.shape[0]:
-        return x
-    return x * rearrange(s, "c -> c" + " 1" * spatial).to(x.dtype)
-
-
-def _leave(y: Tensor, r: Tensor, bias: Tensor | None, spatial: int = 0) -> Tensor:
-    """Scale what leaves a layer, `[..., out, *spatial]`, by `r` and add the bias, in the dtype of `y` (autocast)."""
-    shape = "c -> c" + " 1" * spatial
-    y = y * rearrange(r, shape).to(y.dtype)
-    return y if bias is None else y + rearrange(bias, shape).to(y.dtype)
-
-
-@rank1_rule(nn.Linear)
-def _linear(layer: nn.Linear, input: Tensor, *, weight: Rank1) -> Tensor:
-    return _leave(linear(_enter(input, weight.s), weight.weight), weight.r, layer.bias)
-
-
-@rank1_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def _conv(layer: Any, input: Tensor, *, weight: Rank1) -> Tensor:
-    spatial = len(layer.kernel_size)
-    # `_conv_forward` also does the padding modes; a scale per channel commutes with all of them.
-    y = layer._conv_forward(_enter(input, weight.s, spatial), weight.weight, None)
-    return _leave(y, weight.r, layer.bias, spatial)
-
-
-@rank1_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def _conv_transpose(layer: Any, input: Tensor, output_size: list[int] | None = None, *, weight: Rank1) -> Tensor:
-    spatial = len(layer.kernel_size)
-    y = conv_transpose(layer, _enter(input, weight.s, spatial), weight.weight, None, output_size)
-    return _leave(y, weight.r, layer.bias, spatial)
-
-
-# Not where the layer shortens its effective rows, or divides their gradients by how often they were looked up.
-@rank1_rule(nn.Embedding, when=lambda layer: layer.max_norm is None and not layer.scale_grad_by_freq)
-def _embedding(layer: nn.Embedding, input: Tensor, *, weight: Rank1) -> Tensor:
-    rows = F.embedding(input, weight.weight, layer.padding_idx)
-    s = F.embedding(input, rearrange(weight.s, "v -> v 1"), layer.padding_idx)
-    r = weight.r
-    if layer.padding_idx is not None:
-        # Padding teaches nothing: F.embedding stops the gradient of W and s there, and this that of r.
-        r = torch.where(rearrange(input == layer.padding_idx, "... -> ... 1"), r.detach(), r)
-    return rows * s * r
-
-
-@rank1_rule(
-    nn.MultiheadAttention,
-    when=lambda layer: layer._qkv_same_embed_dim and layer.bias_k is None and not layer.add_zero_attn,
-)
-def _attention(
-    layer: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-    *,
-    in_proj_weight: Rank1,
-) -> tuple[Tensor, Tensor | None]:
-    if is_causal and attn_mask is None:
-        raise RuntimeError("is_causal: expected attn_mask too, of which it is a hint")
-    batched, heads = query.ndim == 3, layer.num_heads
-    turned = batched and not layer.batch_first
-
-    def enter(x: Tensor) -> Tensor:  # as [B, L, D]
-        return x.transpose(0, 1) if turned else x if batched else rearrange(x, "l d -> 1 l d")
-
-    weight, r, s = in_proj_weight.weight, in_proj_weight.r, in_proj_weight.s
-    if query is key and key is value:
-        packed = _leave(linear(_enter(enter(query), s), weight), r, layer.in_proj_bias)
-        parts = list(rearrange(packed, "b l (three d) -> three b l d", three=3))
-    else:
-        biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
-        pieces = zip((query, key, value), weight.chunk(3), r.chunk(3), biases, strict=True)
-        parts = [_leave(linear(_enter(enter(x), s), W), out, bias) for x, W, out, bias in pieces]
-    q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=heads) for part in parts)
-
-    masks = []
-    if attn_mask is not None:
-        own = "(b h) l s -> b h l s" if attn_mask.ndim == 3 else "l s -> 1 1 l s"
-        masks.append(rearrange(attn_mask, own, **({"h": heads} if attn_mask.ndim == 3 else {})))
-    if key_padding_mask is not None:
-        masks.append(rearrange(key_padding_mask, "b s -> b 1 1 s" if batched else "s -> 1 1 1 s"))
-    mask = None
-    for each in masks:
-        added = (
-            torch.zeros_like(each, dtype=q.dtype).masked_fill(each, -torch.inf) if each.dtype == torch.bool else each
-        )
-        mask = added if mask is None else mask + added
-
-    dropout = layer.dropout if layer.training else 0.0
-    weights = None
-    if need_weights:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-        y = weights @ v
-        weights = weights.mean(1) if average_attn_weights else weights
-        weights = weights if batched else weights[0]
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-    y = layer.out_proj(rearrange(y, "b h l d -> b l (h d)"))
-    return (y.transpose(0, 1) if turned else y if batched else y[0]), weights
 
 
 rank1_layout(nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, layout=lambda layer: Layout())

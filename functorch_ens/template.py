@@ -32,7 +32,7 @@ class Template:
     rule for its whole forward uses that instead. Everything else is as the model has it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, side: str = "auto") -> None:
         check_replaceable(model)
         memo: dict[int, Any] = {}
         self._module = copy_structure(model, _on_meta, _on_meta, memo)
@@ -47,7 +47,8 @@ class Template:
         for layer, own in self._pairs:
             purify(own)
             if own in leaves:  # a rule stands for the forward of the model's own layer
-                _install_rank1(own, leaves[own], rule_for(layer, leaves[own]))
+                rule = None if side == "weight" else rule_for(layer, leaves[own])
+                _install_rank1(own, leaves[own], rule, side)
         self._buffers = buffer_sites(model)
         self._aliases = _aliases(parameter_sites(model), sites, layouts) | _aliases(
             self._buffers, buffer_sites(self._module), {}
@@ -147,16 +148,16 @@ def _aliases(
     return aliases
 
 
-def _install_rank1(layer: nn.Module, layouts: Mapping[str, Layout], rule: Rule | None) -> None:
+def _install_rank1(layer: nn.Module, layouts: Mapping[str, Layout], rule: Rule | None, side: str) -> None:
     """Make the weights of `layer` named in `layouts` read their `r` and `s`, and its forward use its `rule`."""
     for leaf in layouts:
         layer._parameters.update(dict.fromkeys(rank1_names(leaf)))
     kind: Any = type(layer)
-    layer.__class__ = _rank1_class(kind, tuple(layouts.items()), rule)
+    layer.__class__ = _rank1_class(kind, tuple(layouts.items()), rule, side)
 
 
 @cache  # one class for all layers that are alike: torch.compile then takes templates of one structure for the same
-def _rank1_class(cls: Any, layouts: tuple[tuple[str, Layout], ...], rule: Rule | None) -> type[nn.Module]:
+def _rank1_class(cls: Any, layouts: tuple[tuple[str, Layout], ...], rule: Rule | None, side: str) -> type[nn.Module]:
     """A subclass of `cls` in which the weights named in `layouts` read their `r` and `s` where these are given."""
 
     def effective(leaf: str, layout: Layout) -> property:
@@ -169,7 +170,7 @@ def _rank1_class(cls: Any, layouts: tuple[tuple[str, Layout], ...], rule: Rule |
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         assert rule is not None
         weights = {leaf: _given(self, leaf, layout) for leaf, layout in layouts}
-        weights = {leaf: rank1 for leaf, rank1 in weights.items() if rank1 is not None}
+        weights = {leaf: rank1._replace(side=side) for leaf, rank1 in weights.items() if rank1 is not None}
         if weights.keys() != rule.weights:
             return cls.forward(self, *args, **kwargs)
         return rule.forward(self, *args, **weights, **kwargs)

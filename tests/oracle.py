@@ -24,10 +24,15 @@ import functorch_ens as fe
 TOLERANCE = {torch.complex128: 1e-10, torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def compile_whole(function: Any) -> Any:
-    """`function` compiled without a graph break; where there is no C++ compiler, by the backend that needs none."""
+def compiler() -> str:
+    """The backend of torch.compile to test with: where there is no C++ compiler, the one that needs none."""
     found = any(shutil.which(compiler) for compiler in (os.environ.get("CXX", ""), "g++", "clang++"))
-    return torch.compile(function, fullgraph=True, backend="inductor" if found else "aot_eager")
+    return "inductor" if found else "aot_eager"
+
+
+def compile_whole(function: Any) -> Any:
+    """`function` compiled without a graph break."""
+    return torch.compile(function, fullgraph=True, backend=compiler())
 
 
 def both_kinds(model: nn.Module, E: int) -> list[fe.EnsembleParams]:

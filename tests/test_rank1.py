@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from zoo import Matrices
 
 import functorch_ens as fe
+from functorch_ens.products import SIDES
 from functorch_ens.rank1 import Rank1, layout_of, rule_of
 
 inits = st.sampled_from(["normal", "random_sign", "ones"])
@@ -30,8 +31,16 @@ def _without_rule(layer: nn.Module) -> nn.Module:
     return layer
 
 
-@given(case=fast_layers, E=members, init=inits, dtype=st.sampled_from([torch.float64, torch.float32]))
-def test_fast_rules_equal_the_oracle_and_the_fallback(case: Case, E: int, init: str, dtype: torch.dtype) -> None:
+@given(
+    case=fast_layers,
+    E=members,
+    init=inits,
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    side=st.sampled_from(SIDES),
+)
+def test_fast_rules_equal_the_oracle_and_the_fallback(
+    case: Case, E: int, init: str, dtype: torch.dtype, side: str
+) -> None:
     case = case.to(dtype)
     params = fe.batchensemble_params(case.model, E, init=init)
     want = loop(case.model, params, *case.args)
@@ -41,8 +50,8 @@ def test_fast_rules_equal_the_oracle_and_the_fallback(case: Case, E: int, init: 
         assert_same(forward(params, *case.args), want)
         assert_same(gradients(forward, params, *case.args), want_gradients)
 
-    check(fe.make_forward(case.model, strategy="vmap"))
-    check(fe.make_forward(case.model, strategy="loop"))
+    check(fe.make_forward(case.model, strategy="vmap", rank1_side=side))
+    check(fe.make_forward(case.model, strategy="loop", rank1_side=side))
     _without_rule(case.model)
     check(fe.make_forward(case.model, strategy="loop"))
 

@@ -1,0 +1,246 @@
+"""Training over the member axis: the loss of every member, and a compiled step of gradients and optimiser."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.optim import Optimizer
+
+from functorch_ens.checks import check_option
+from functorch_ens.forward import Forward
+from functorch_ens.params import EnsembleParams
+from functorch_ens.randomness import RandomState
+from functorch_ens.trees import take_apart
+
+log = logging.getLogger(__name__)
+
+# The devices that have fused kernels for those optimisers of torch.optim that take `fused`.
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+def member_losses(loss: Callable[..., Tensor], outputs: Any, *targets: Any, member_targets: bool = False) -> Tensor:
+    """The loss of each member, `[E]`, by the ordinary `loss` of one network, without a Python loop.
+
+    >>> import torch, functorch_ens as fe
+    >>> logits, y = torch.zeros(5, 7, 3), torch.zeros(7, dtype=torch.long)
+    >>> fe.member_losses(torch.nn.functional.cross_entropy, logits, y).shape
+    torch.Size([5])
+
+    Args:
+        loss: `loss(output_of_one_member, *targets)`, a scalar.
+        outputs: what a forward returned: `[E, B, C]`, or any pytree or dataclass of tensors `[E, ...]`.
+        targets: for every member the same, `[B, ...]`; any pytrees.
+        member_targets: True where every target is `[E, B, ...]`, member i's being `[i]`.
+
+    Raises:
+        ValueError: a tensor in `outputs` (or, with `member_targets`, in `targets`) has another leading axis than the
+            first, or `loss` returns more than one number for a member.
+    """
+    stacked, form = take_apart(outputs)
+    given, target_form = take_apart(targets)
+    axis = stacked + given if member_targets else stacked
+    if len({tuple(tensor.shape[:1]) for tensor in axis}) != 1 or axis[0].ndim == 0:
+        raise ValueError(
+            "outputs: expected tensors with one leading member axis [E, ...], got the shapes "
+            f"{[list(tensor.shape) for tensor in axis]}"
+        )
+
+    def of_one(output: list[Tensor], target: list[Tensor]) -> Tensor:
+        return loss(form.rebuild(iter(output)), *target_form.rebuild(iter(target)))
+
+    losses = vmap(of_one, in_dims=(0, 0 if member_targets else None), randomness="different")(stacked, given)
+    if losses.ndim != 1:
+        raise ValueError(
+            f"loss: expected one number for a member, got a tensor of shape {list(losses.shape[1:])}; "
+            'reduce it, as reduction="mean" does in torch.nn.functional'
+        )
+    return losses
+
+
+def make_train_step(
+    forward: Forward,
+    loss: Callable[..., Tensor],
+    optimizer: Optimizer,
+    *,
+    reduction: str = "sum",
+    prepare: Callable[..., tuple[Any, ...]] | None = None,
+    compile: bool | Mapping[str, Any] = True,
+) -> TrainStep:
+    """A step of training for all members at once: gradients, optimiser and buffers; the gradients compiled.
+
+    >>> import torch, functorch_ens as fe
+    >>> from torch.utils._pytree import tree_leaves
+    >>> model = torch.nn.Linear(3, 2)
+    >>> params = fe.batchensemble_params(model, E=5)
+    >>> optimizer = torch.optim.SGD(tree_leaves(params), lr=0.1)
+    >>> step = fe.make_train_step(fe.make_forward(model), torch.nn.functional.mse_loss, optimizer, compile=False)
+    >>> step(params, torch.ones(7, 3), torch.ones(7, 2)).shape
+    torch.Size([5])
+
+    Args:
+        forward: from `make_forward`; with `member_inputs=True` the targets are `[E, B, ...]` too.
+        loss: `loss(output_of_one_member, y)`, the ordinary loss of one network, a scalar (`F.cross_entropy`).
+        optimizer: any of `torch.optim` over tensors of the parameters that are trained, all or some of them; it is
+            only asked for `step()`, so schedulers work as ever. Groups that leave `fused` open get it where torch has
+            a fused kernel for them.
+        reduction: of the members' losses, for the gradients. `"sum"`: every member of a classic ensemble learns as it
+            would alone. `"mean"`: the usual loss of a BatchEnsemble; r and s then get 1/E of the gradient.
+        prepare: what is done with a batch first, inside the compiled graph: `prepare(*batch)` returns the inputs of
+            the model and then the target. With the data held on the device and an index as the batch,
+            `lambda i: (images[i].float() / 255, labels[i])`.
+        compile: True compiles; a dict holds options for `torch.compile` (`{"mode": "reduce-overhead"}`, CUDA graphs);
+            False does not. Where no compiler works, a warning says so, and the step goes on without.
+
+    Returns:
+        `step(params, *inputs, y, buffers=None, **kwargs)`: `params` are updated in place, as torch.optim does it, and
+        the loss of each member before the update, `[E]`, is returned, with `buffers=` also the new buffers. `kwargs`
+        go to the model. The first call is computed once without the compiler, where errors are the model's own.
+
+    Raises:
+        TypeError, ValueError: here, for arguments of the wrong kind; by `step`, where the optimiser holds tensors that
+            are not in `params`, where `loss` gives more than a number, and as `forward` does.
+    """
+    if not isinstance(forward, Forward):
+        raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {forward!r}")
+    if not callable(loss):
+        raise TypeError(f"loss: expected a function of one member's output and y, got {loss!r}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected an optimizer of torch.optim, got {optimizer!r}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer: got LBFGS, whose step computes the loss again and again; it has no single step")
+    check_option(reduction, ("sum", "mean"), "reduction")
+    if prepare is not None and not callable(prepare):
+        raise TypeError(f"prepare: expected a function of the batch, got {prepare!r}")
+    if not isinstance(compile, bool | Mapping):
+        raise TypeError(f"compile: expected True, False or options of torch.compile, got {compile!r}")
+    return TrainStep(forward, loss, optimizer, reduction, prepare, compile)
+
+
+class TrainStep:
+    """What `make_train_step` returns: call it as `step(params, *inputs, y, buffers=None, **kwargs)`."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        loss: Callable[..., Tensor],
+        optimizer: Optimizer,
+        reduction: str,
+        prepare: Callable[..., tuple[Any, ...]] | None,
+        compile: bool | Mapping[str, Any],
+    ) -> None:
+        self._forward = forward
+        self._loss = loss
+        self._optimizer = optimizer
+        self._reduction = reduction
+        self._prepare = prepare
+        self._compute = self._gradients
+        self._to_compile = None if compile is False else {} if compile is True else dict(compile)
+        _use_fused_kernels(optimizer)
+
+    def __call__(
+        self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        """The loss of each member, `[E]`, before `params` are updated; with `buffers`, also the new ones."""
+        gradients, losses, new = self.gradients(params, *batch, buffers=buffers, **kwargs)
+        tensors = {**params.shared, **params.stacked}
+        for name, gradient in gradients.items():
+            tensors[name].grad = gradient
+        self._optimizer.step()
+        for name in gradients:
+            tensors[name].grad = None
+        return losses if buffers is None else (losses, new)
+
+    def gradients(
+        self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """What a step computes before it updates: by name the gradients, and the losses `[E]` and new buffers."""
+        trained, fixed = self._split(params)
+        arguments = trained, fixed, None if buffers is None else dict(buffers), batch, kwargs
+        with torch.no_grad():  # torch.func takes the gradients: autograd has nothing to record
+            if self._to_compile is not None:
+                return self._compile(self._to_compile, arguments)
+            return self._compute(*arguments)
+
+    def _split(self, params: EnsembleParams) -> tuple[EnsembleParams, EnsembleParams]:
+        """The parameters that the optimiser trains, and the others."""
+        if not isinstance(params, EnsembleParams):
+            raise TypeError(f"params: expected EnsembleParams, got {type(params).__name__}")
+        mine = {id(tensor) for group in self._optimizer.param_groups for tensor in group["params"]}
+        names = {id(tensor): name for part in params for name, tensor in part.items()}
+        strange = len(mine - names.keys())
+        if strange:
+            raise ValueError(
+                f"params: the optimizer trains {strange} of its {len(mine)} tensors elsewhere: they are not in these "
+                "params; make it from their tensors, tree_leaves(params)"
+            )
+        chosen = {names[i] for i in mine}
+        trained, fixed = (
+            EnsembleParams(
+                *({k: v for k, v in part.items() if (k in chosen and v.requires_grad) is keep} for part in params)
+            )
+            for keep in (True, False)
+        )
+        return trained, fixed
+
+    def _gradients(
+        self,
+        trained: EnsembleParams,
+        fixed: EnsembleParams,
+        buffers: dict[str, Tensor] | None,
+        batch: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        *inputs, target = batch if self._prepare is None else self._prepare(*batch)
+
+        def total(trained: EnsembleParams) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+            params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
+            outputs = self._forward(params, *inputs, buffers=buffers, **kwargs)
+            outputs, new = (outputs, {}) if buffers is None else outputs
+            losses = member_losses(self._loss, outputs, target, member_targets=self._forward.member_inputs)
+            return losses.sum() if self._reduction == "sum" else losses.mean(), (losses, new)
+
+        slopes, (losses, new) = grad(total, has_aux=True)(trained)
+        tensors, slopes = ({**params.shared, **params.stacked} for params in (trained, slopes))
+        return {name: _with_strides_of(tensors[name], slope) for name, slope in slopes.items()}, losses, new
+
+    def _compile(self, options: dict[str, Any], arguments: tuple[Any, ...]) -> Any:
+        """The first call: once as it is, for the model's own errors and the choice of a strategy, and then compiled."""
+        before = RandomState.of(arguments[0])
+        plain = self._gradients(*arguments)
+        after = RandomState.of(arguments[0])
+        before.restore()
+        self._to_compile = None
+        compiled = torch.compile(self._gradients, **options)
+        try:
+            result = compiled(*arguments)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error.inner_exception).strip().partition("\n")[0]
+            log.warning("torch.compile does not work here, so training goes on without it: %s", reason)
+            after.restore()
+            return plain
+        self._compute = compiled
+        return result
+
+
+def _with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """`gradient` laid out as its parameter: Adam's fused kernel for CPUs goes wrong on any other, and says nothing."""
+    if parameter.is_contiguous():
+        return gradient.contiguous()
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def _use_fused_kernels(optimizer: Optimizer) -> None:
+    """Turn `fused` on where it was left open, as torch itself does not on a CPU."""
+    if optimizer.state:  # kept as the unfused step has begun it
+        return
+    for group in optimizer.param_groups:
+        open_to_it = "fused" in group and group["fused"] is None and not group["foreach"]
+        served = all(tensor.is_floating_point() and tensor.device.type in _FUSED_DEVICES for tensor in group["params"])
+        if open_to_it and served and not group.get("differentiable"):
+            group["fused"] = True
