@@ -32,6 +32,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from measure import aligned, write_json
 from plain import combined, opened, plain_loop
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -81,9 +82,7 @@ def main() -> None:
             continue
         results[f"{case.family}/{case.name}"] = _isolated(case, options.members, options.timeout)
         if options.json:
-            part = options.json.with_suffix(".part")
-            part.write_text(json.dumps({"torch": torch.__version__, "E": options.members, "models": results}, indent=1))
-            part.replace(options.json)
+            write_json({"torch": torch.__version__, "E": options.members, "models": results}, options.json)
     print(report(results))
     sys.exit(any(run["by"] == "fails" for runs in results.values() for run in runs.values()))
 
@@ -320,16 +319,6 @@ def report(results: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def _cell(run: dict[str, Any]) -> str:
     return f"{run['by']} {run['ratio']:.2f}" if "ratio" in run else run["by"]
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """A table: the first column to the left, the others to the right, a line below the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 if __name__ == "__main__":

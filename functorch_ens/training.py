@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 import torch._dynamo
+import torch._inductor
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.optim import Optimizer
@@ -216,7 +219,7 @@ class TrainStep:
         after = RandomState.of(arguments[0])
         before.restore()
         self._to_compile = None
-        compiled = torch.compile(self._gradients, **options)
+        compiled = torch.compile(MethodType(_with_own_code(TrainStep._gradients), self), **_with_fewer_guards(options))
         try:
             result = compiled(*arguments)
         except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -226,6 +229,33 @@ class TrainStep:
             return plain
         self._compute = compiled
         return result
+
+
+# What torch.compile would look at before every call, and never finds changed: what a forward has made for itself, and
+# the code of this package and of torch. There are a thousand such guards, which take longer than a small step.
+_FIXED = re.compile(
+    r"\._forward\._(expected|norms|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
+    r"|^G\['(?!__)|^G\['__(import_(torch|functorch_ens|einops|contextlib)|builtins)|^__import__\("
+)
+
+
+def _with_fewer_guards(options: dict[str, Any]) -> dict[str, Any]:
+    """The `options` of torch.compile, with one that leaves out what is compared before every call for nothing."""
+    options = dict(options)
+    extra = dict(options.pop("options", None) or {})
+    if mode := options.pop("mode", None):  # torch.compile takes a mode or options, but a mode is a name for some
+        extra = {**torch._inductor.list_mode_options(mode, options.get("dynamic")), **extra}
+    theirs = extra.get("guard_filter_fn", lambda guards: [True] * len(guards))
+
+    def needed(guards: Sequence[Any]) -> list[bool]:
+        return [kept and not _FIXED.search(guard.name) for guard, kept in zip(guards, theirs(guards), strict=True)]
+
+    return {**options, "options": {**extra, "guard_filter_fn": needed}}
+
+
+def _with_own_code(function: Any) -> Any:
+    """A copy of `function`: what torch.compile makes is kept by code, and without guards one model is like another."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def _with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ output channel o is scaled by r[o], input channel i by s[i].
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -107,17 +106,6 @@ def gradients(call: Callable[..., Any], params: fe.EnsembleParams, *args: Any, *
     for tensor in trained.values():
         tensor.grad = None
     return found
-
-
-def peak_memory(function: Callable[[], Any]) -> int:
-    """The most bytes that tensors on the CPU have held at once, above what they held before, as torch counts them."""
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True, acc_events=True) as profile:
-        function()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
-    return max(held)
 
 
 def _opened(value: Any) -> Any:

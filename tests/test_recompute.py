@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cases import randn
-from oracle import assert_same, both_kinds, gradients, peak_memory
+from measure import peak_memory
+from oracle import assert_same, both_kinds, gradients
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
@@ -45,7 +46,7 @@ def test_a_training_step_keeps_the_activations_of_one_chunk(kind: str, way: str,
                     grad(loss)(params)
 
         step()
-        peaks[chunk] = peak_memory(step) / unit
+        peaks[chunk] = peak_memory(step, torch.device("cpu")) / unit
     # The outputs of all members and the gradient of them are always there, a few times: 4 E. The activations are not.
     outputs = 4 * E
     activations = peaks[None] - outputs

@@ -225,6 +225,34 @@ def test_the_losses_of_an_output_that_is_a_tree() -> None:
     assert_same(fe.member_losses(F.cross_entropy, logits, many, member_targets=True), want)
 
 
+def test_a_compiled_step_is_that_of_its_own_model_mode_and_loss() -> None:
+    """Models that differ by a number alone, both modes, and a loss that changes: what was compiled is not mixed up."""
+    x, y = randn(5, 3), randn(5, 2)
+    weight = [1.0]
+    first, second = (
+        nn.Sequential(nn.Linear(3, 4), activation, nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+        for activation in (nn.LeakyReLU(0.1), nn.LeakyReLU(0.7))
+    )
+    params, buffers = fe.ensemble_params(first, 2), fe.ensemble_buffers(first, 2)
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return weight[0] * F.mse_loss(output, y)
+
+    def steps(compile: Any) -> list[fe.TrainStep]:
+        optimizer = torch.optim.SGD(tree_leaves(params))
+        return [
+            fe.make_train_step(fe.make_forward(model), loss, optimizer, compile=compile) for model in (first, second)
+        ]
+
+    compiled, plain = steps({"backend": "eager", "fullgraph": True}), steps(False)
+    for train, factor in ((True, 1.0), (False, 1.0), (False, 2.0), (True, 2.0)):
+        first.train(train), second.train(train)
+        weight[0] = factor
+        results = [[step.gradients(params, x, y, buffers=buffers) for step in kind] for kind in (compiled, plain)]
+        assert_same(results[0], results[1])
+        assert not torch.allclose(results[0][0][1], results[0][1][1])
+
+
 def test_dropout_differs_from_step_to_step_and_the_seed_repeats_it() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
 

@@ -1,0 +1,431 @@
+"""What an ensemble costs: classic and BatchEnsemble, by this library and by its rivals, on a CPU or a GPU.
+
+    python benchmarks/vmap_vs_be.py                        every case; under ten minutes on two cores
+    python benchmarks/vmap_vs_be.py --quick                the small MLPs, few rounds; a minute
+    python benchmarks/vmap_vs_be.py --case mlp-32 --members 16
+
+Every time is the median of interleaved rounds (A B C A B C ...), every ratio is taken round by round, in one run.
+A step is the gradients and Adam, all in training mode. "E·B rows" is one network that is fed as many rows as the
+ensemble computes: what a BatchEnsemble would cost if its members were free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))  # every compilation is timed
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from measure import Call, Spread, aligned, interleaved, machine, megabytes, peak_memory, ratio, write_json
+from models import cnn
+from rivals import NotebookEnsemble, adam, member_after_member, member_as_rows, tabm_ensemble
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import functorch_ens as fe
+
+PHASES = ("forward", "gradient", "step")
+LOOP, ROWS = "loop over modules", "one network, E·B rows, compiled"
+CLASSIC, BATCH = "classic, compiled", "BatchEnsemble, compiled"
+NOTEBOOK, TABM = "notebook's BatchEnsemble", "tabm, compiled"
+
+
+class Case(NamedTuple):
+    """A model, and what a step of it computes."""
+
+    title: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    E: int
+    B: int
+    sizes: tuple[int, ...] = ()
+    """Of an MLP: the widths of its layers."""
+
+
+def mlp(sizes: Sequence[int]) -> nn.Module:
+    """Linear layers with ReLU between them."""
+    layers: list[nn.Module] = []
+    for a, b in pairwise(sizes):
+        layers += [nn.Linear(a, b), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def resnet18() -> nn.Module:
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=10)
+
+
+def small_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(32, 4, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
+
+
+def _mlp_case(E: int, B: int, *sizes: int) -> Case:
+    return Case(f"MLP {'-'.join(map(str, sizes))}", partial(mlp, sizes), (sizes[0],), E, B, sizes)
+
+
+NOTEBOOK_MLP = (3072, 128, 128, 10)
+CASES = {
+    **{f"mlp-{B}": _mlp_case(5, B, *NOTEBOOK_MLP) for B in (32, 256, 1024)},
+    "small-mlp": _mlp_case(32, 32, 20, 64, 64, 10),
+    "wide-mlp": _mlp_case(16, 128, 784, 256, 256, 10),
+    "cnn": Case("CNN with BatchNorm, 32 x 32", partial(cnn, 3, 10), (3, 32, 32), 5, 32),
+    "resnet18": Case("ResNet-18, 32 x 32", resnet18, (3, 32, 32), 4, 16),
+    "vit": Case("vision transformer, 32 x 32", small_vit, (3, 32, 32), 4, 8),
+}
+QUICK = ("mlp-32", "small-mlp")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The contenders: what each of them calls in a phase, ready to be timed
+
+
+class Contender(NamedTuple):
+    calls: dict[str, Call]
+    """By phase."""
+    parameters: Any
+    optimizers: Sequence[torch.optim.Optimizer]
+    compile_seconds: float | None = None
+    """Of the gradients."""
+
+
+def of_modules(
+    modules: Sequence[nn.Module],
+    x: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    compile: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Contender:
+    """Ordinary modules, trained one after another; `options` are Adam's."""
+    optimizers = adam(modules, **options)
+    called: list[Callable[[Tensor], Tensor]] = [
+        module if compile is None else torch.compile(module, **compile) for module in modules
+    ]
+
+    def forward() -> None:
+        with torch.no_grad():
+            for call in called:
+                call(x)
+
+    def gradient() -> None:
+        for module, call in zip(modules, called, strict=True):
+            module.zero_grad()
+            loss(call(x)).backward()
+
+    def step() -> None:
+        gradient()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    seconds = None if compile is None else _first_call(gradient)
+    parameters = [list(module.parameters()) for module in modules]
+    return Contender({"forward": forward, "gradient": gradient, "step": step}, parameters, optimizers, seconds)
+
+
+def of_library(
+    model: nn.Module,
+    params: fe.EnsembleParams,
+    buffers: dict[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    compile: Mapping[str, Any] | None = None,
+) -> Contender:
+    """An ensemble by this library, on a copy of `params`."""
+    params = fe.EnsembleParams(*({k: v.detach().clone().requires_grad_() for k, v in part.items()} for part in params))
+    forward = fe.make_forward(model)
+    optimizer = torch.optim.Adam(tree_leaves(params), lr=1e-3)
+    options = False if compile is None else compile
+    train = fe.make_train_step(forward, F.cross_entropy, optimizer, compile=options)
+    called = forward if compile is None else torch.compile(forward, **compile)
+
+    def predict() -> None:
+        with torch.no_grad():
+            called(params, x, buffers=buffers)
+
+    calls = {
+        "forward": predict,
+        "gradient": lambda: train.gradients(params, x, y, buffers=buffers),
+        "step": lambda: train(params, x, y, buffers=buffers),
+    }
+    seconds = None if compile is None else _first_call(calls["gradient"])
+    return Contender(calls, params, [optimizer], seconds)
+
+
+def _first_call(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def contenders(
+    case: Case, E: int, B: int, device: torch.device, compile: Mapping[str, Any], only: Sequence[str] = ()
+) -> dict[str, Contender]:
+    """All that can be trained on `case`, or `only` those; the members' outputs are those of ordinary networks."""
+    torch.manual_seed(0)
+    modules = [case.make().to(device).train() for _ in range(E)]
+    x = torch.randn(B, *case.shape, device=device)
+    y = torch.randint(10, (B,), device=device)
+    rows, labels = x.repeat(E, *[1] * len(case.shape)), y.repeat(E)
+    model = modules[0]
+    classic, buffers = fe.stack_params(modules), fe.stack_buffers(modules)
+    batch = fe.batchensemble_params(model, E, init="random_sign")
+    for params in (classic, batch):
+        _check(model, params, x)
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y)
+
+    def one(rows: Tensor, labels: Tensor) -> Contender:
+        return of_modules([case.make().to(device)], rows, lambda z: F.cross_entropy(z, labels), compile, fused=True)
+
+    def rival(module: nn.Module, loss: Any, **options: Any) -> Contender:
+        return of_modules([module.to(device)], x, partial(loss, y=y), **options)
+
+    makers: dict[str, Callable[[], Contender]] = {
+        "one network, compiled": lambda: one(x, y),
+        ROWS: lambda: one(rows, labels),
+        LOOP: lambda: of_modules(modules, x, loss, fused=True),
+        "classic": lambda: of_library(model, classic, buffers, x, y),
+        CLASSIC: lambda: of_library(model, classic, buffers, x, y, compile),
+        "BatchEnsemble": lambda: of_library(model, batch, buffers, x, y),
+        BATCH: lambda: of_library(model, batch, buffers, x, y, compile),
+    }
+    if case.sizes:
+        makers[NOTEBOOK] = lambda: rival(NotebookEnsemble(case.sizes, E), member_after_member)
+        tabm = tabm_ensemble(case.sizes, E)
+        if tabm is not None:
+            makers[TABM] = lambda: rival(tabm, member_as_rows, compile=compile, fused=True)
+    return {name: make() for name, make in makers.items() if not only or name in only}
+
+
+@torch.no_grad()
+def _check(model: nn.Module, params: fe.EnsembleParams, x: Tensor) -> None:
+    """AssertionError where a member is not the network that it stands for."""
+    model.eval()
+    for i, mine in enumerate(fe.make_forward(model)(params, x)):
+        theirs = torch.func.functional_call(model, fe.member_params(model, params, i), (x,))
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3 * theirs.abs().max().item())
+    model.train()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def measure(found: Mapping[str, Contender], rounds: int, device: torch.device) -> dict[str, Any]:
+    """Of each contender: seconds by phase, round by round, compilation, and the MB of what it keeps and uses."""
+    times = {phase: interleaved({n: c.calls[phase] for n, c in found.items()}, rounds, device) for phase in PHASES}
+    return {
+        name: {
+            "seconds": {phase: times[phase][name] for phase in PHASES},
+            "compile_seconds": contender.compile_seconds,
+            "parameters_mb": megabytes(contender.parameters),
+            "optimizer_mb": sum(megabytes(dict(optimizer.state)) for optimizer in contender.optimizers),
+            "step_mb": peak_memory(contender.calls["step"], device) / 1e6,
+        }
+        for name, contender in found.items()
+    }
+
+
+def growth(device: torch.device, compile: Mapping[str, Any], rounds: int) -> list[dict[str, Any]]:
+    """How a step of the notebook's MLP grows with E, and with B: seconds, by contender, E and B."""
+    points = [(E, 32) for E in (1, 4, 16, 64)] + [(5, B) for B in (8, 128, 2048)]
+    results = []
+    for E, B in tqdm(points, desc="growth", disable=None):
+        torch._dynamo.reset()
+        found = contenders(_mlp_case(E, B, *NOTEBOOK_MLP), E, B, device, compile, (ROWS, LOOP, CLASSIC, BATCH))
+        calls = {name: contender.calls["step"] for name, contender in found.items()}
+        results.append({"E": E, "B": B, "seconds": interleaved(calls, rounds, device)})
+    return results
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What was found
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The contenders of one case: milliseconds ± half the range between the quartiles, and memory."""
+    head = ["", "forward ms", "gradient ms", "step ms", "step / loop", "compile s", "params MB", "Adam MB", "step MB"]
+    rows = [head]
+    for name, found in results.items():
+        seconds = found["seconds"]
+        against = ratio(seconds["step"], results[LOOP]["seconds"]["step"])
+        compile_seconds = found["compile_seconds"]
+        rows.append(
+            [
+                name,
+                *(_milliseconds(seconds[phase]) for phase in PHASES),
+                f"{against.median:.2f} ±{(against.high - against.low) / 2:.2f}",
+                "-" if compile_seconds is None else f"{compile_seconds:.1f}",
+                *(f"{found[part]:.2f}" for part in ("parameters_mb", "optimizer_mb", "step_mb")),
+            ]
+        )
+    return aligned(rows)
+
+
+def _milliseconds(times: list[float]) -> str:
+    spread = Spread.of(times)
+    return f"{1e3 * spread.median:.2f} ±{1e3 * (spread.high - spread.low) / 2:.2f}"
+
+
+class Aim(NamedTuple):
+    """A ratio that the library is to reach in a case."""
+
+    what: str
+    case: str
+    over: tuple[str, str, str]
+    """The phase, and the contenders whose times are divided."""
+    most: float
+
+
+def aims() -> list[Aim]:
+    """What the library promises on two CPU cores."""
+    found = []
+    for B, most in ((32, 1.6), (256, 1.25), (1024, 1.25)):
+        case = f"mlp-{B}"
+        found.append(Aim("BatchEnsemble / one network on E·B rows", case, ("gradient", BATCH, ROWS), most))
+        found.append(Aim("BatchEnsemble / notebook's", case, ("gradient", BATCH, NOTEBOOK), 0.5))
+        found.append(Aim("BatchEnsemble / tabm", case, ("gradient", BATCH, TABM), 1.0))
+    for case in CASES:
+        most = 0.1 if case == "small-mlp" else 1.0
+        found.append(Aim("classic / loop over modules", case, ("step", CLASSIC, LOOP), most))
+    return found
+
+
+def judged(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The aims, and the ratios that were measured."""
+    rows = [["", "case", "phase", "aim", "measured", "quartiles", "met"]]
+    for what, case, (phase, mine, theirs), most in aims():
+        found = results.get(case, {})
+        if mine in found and theirs in found:
+            spread = ratio(found[mine]["seconds"][phase], found[theirs]["seconds"][phase])
+            quartiles = f"{spread.low:.2f} to {spread.high:.2f}"
+            met = "yes" if spread.median <= most else "no"
+            rows.append([what, case, phase, f"<= {most:g}", f"{spread.median:.2f}", quartiles, met])
+    return aligned(rows)
+
+
+def grown(points: Sequence[Mapping[str, Any]]) -> str:
+    """The steps of the notebook's MLP by E and B."""
+    rows = [["E", "B", *(f"{name}, ms" for name in points[0]["seconds"])]]
+    for point in points:
+        rows.append([str(point["E"]), str(point["B"]), *(_milliseconds(times) for times in point["seconds"].values())])
+    return aligned(rows)
+
+
+def draw(results: Mapping[str, Any], points: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """The steps relative to the loop by case, and how they grow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names, colours = (LOOP, ROWS, CLASSIC, BATCH), ("0.6", "tab:gray", "tab:blue", "tab:orange")
+    figure, axes = plt.subplots(1, 3 if points else 1, figsize=(15 if points else 8, 4.6), layout="constrained")
+    first = axes[0] if points else axes
+    for k, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        spreads = [ratio(found[name]["seconds"]["step"], found[LOOP]["seconds"]["step"]) for found in results.values()]
+        heights = [spread.median for spread in spreads]
+        errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+        places = [i + 0.2 * (k - 1.5) for i in range(len(results))]
+        first.bar(places, heights, 0.2, yerr=errors, label=name, color=colour, hatch="//" if name == ROWS else None)
+    first.axhline(1, color="black", linewidth=0.8)
+    first.set_xticks(range(len(results)), list(results), rotation=30, ha="right")
+    first.set_ylabel("time of a step, loop over modules = 1")
+    first.set_title("gradients and Adam, by case")
+    first.legend(fontsize="small")
+    for axis, label, fixed, value in [] if not points else [(axes[1], "E", "B", 32), (axes[2], "B", "E", 5)]:
+        mine = sorted((point for point in points if point[fixed] == value), key=lambda point: point[label])
+        for name, colour in zip(names, colours, strict=True):
+            milliseconds = [1e3 * Spread.of(point["seconds"][name]).median for point in mine]
+            sizes = [point[label] for point in mine]
+            axis.plot(sizes, milliseconds, "o--" if name == ROWS else "o-", label=name, color=colour)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel({"E": "members E", "B": "batch size B"}[label])
+        axis.set_ylabel("milliseconds a step")
+        axis.set_title(f"MLP {'-'.join(map(str, NOTEBOOK_MLP))}, {fixed} = {value}")
+        axis.grid(alpha=0.3, which="both")
+    figure.suptitle(title, fontsize="medium")
+    part = path.with_suffix(".part")
+    figure.savefig(part, dpi=120, format="png")
+    part.replace(path)
+    plt.close(figure)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--case", nargs="+", choices=list(CASES), metavar="NAME", help=f"which: {', '.join(CASES)} (default: all)")
+    add("--quick", action="store_true", help="the small MLPs alone, 3 rounds, no growth with E and B")
+    add("--members", type=_positive, metavar="E", help="members of an ensemble (default: what the case says)")
+    add("--batch-size", type=_positive, metavar="B", help="rows of a batch (default: what the case says)")
+    add("--rounds", type=_positive, metavar="N", help="rounds of measurement (default: 11)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
+    add("--json", type=Path, default=Path("vmap_vs_be.json"), metavar="FILE", help="default: %(default)s")
+    add("--png", type=Path, default=Path("vmap_vs_be.png"), metavar="FILE", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but torch finds no GPU here; use --device cpu")
+    for path in (args.json, args.png):
+        if not path.parent.is_dir():
+            parser.error(f"--json, --png: there is no folder {path.parent}")
+    args.case = args.case or list(QUICK if args.quick else CASES)
+    args.rounds = args.rounds or (3 if args.quick else 11)
+    return args
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text}")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # torch's note on attention under vmap
+    logging.getLogger("functorch_ens").setLevel(logging.ERROR)
+    device = torch.device(args.device)
+    compile = {"mode": "reduce-overhead"} if args.device == "cuda" else {}
+    where = machine(device)
+    print(f"{where}; {args.rounds} interleaved rounds, medians ± half the range between the quartiles\n")
+    results: dict[str, Any] = {}
+    for name in (bar := tqdm(args.case, desc="cases", disable=None)):
+        bar.set_postfix_str(name)
+        torch._dynamo.reset()
+        case = CASES[name]
+        E, B = args.members or case.E, args.batch_size or case.B
+        results[name] = measure(contenders(case, E, B, device, compile), args.rounds, device)
+        with tqdm.external_write_mode():
+            print(f"{name}: {case.title}, E = {E}, B = {B}\n\n{table(results[name])}\n", flush=True)
+    own = args.members is None and args.batch_size is None
+    points = growth(device, compile, args.rounds) if own and not args.quick and len(args.case) == len(CASES) else []
+    if points:
+        print(f"A step of the notebook's MLP, by members and batch size\n\n{grown(points)}\n")
+    if own:
+        print(f"Aims (times divided; for two CPU cores)\n\n{judged(results)}\n")
+    settings = {key: value if isinstance(value, int | list | None) else str(value) for key, value in vars(args).items()}
+    write_json({"machine": where, "settings": settings, "cases": results, "growth": points}, args.json)
+    draw(results, points, where, args.png)
+    print(f"results: {args.json}\nplot: {args.png}")
+
+
+if __name__ == "__main__":
+    main()
