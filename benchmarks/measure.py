@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import platform
@@ -108,6 +109,13 @@ def write_json(value: Any, path: Path) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1) + "\n")
     part.replace(path)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text}")
+    return int(text)
 
 
 def leaves(value: Any) -> Iterator[torch.Tensor]:

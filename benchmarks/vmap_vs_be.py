@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from measure import Call, Spread, aligned, interleaved, machine, megabytes, peak_memory, ratio, write_json
+from measure import Call, Spread, aligned, interleaved, machine, megabytes, peak_memory, positive, ratio, write_json
 from models import cnn
 from rivals import NotebookEnsemble, adam, member_after_member, member_as_rows, tabm_ensemble
 from torch import Tensor, nn
@@ -375,9 +375,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--case", nargs="+", choices=list(CASES), metavar="NAME", help=f"which: {', '.join(CASES)} (default: all)")
     add("--quick", action="store_true", help="the small MLPs alone, 3 rounds, no growth with E and B")
-    add("--members", type=_positive, metavar="E", help="members of an ensemble (default: what the case says)")
-    add("--batch-size", type=_positive, metavar="B", help="rows of a batch (default: what the case says)")
-    add("--rounds", type=_positive, metavar="N", help="rounds of measurement (default: 11)")
+    add("--members", type=positive, metavar="E", help="members of an ensemble (default: what the case says)")
+    add("--batch-size", type=positive, metavar="B", help="rows of a batch (default: what the case says)")
+    add("--rounds", type=positive, metavar="N", help="rounds of measurement (default: 11)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
     add("--json", type=Path, default=Path("vmap_vs_be.json"), metavar="FILE", help="default: %(default)s")
     add("--png", type=Path, default=Path("vmap_vs_be.png"), metavar="FILE", help="default: %(default)s")
@@ -390,12 +390,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.case = args.case or list(QUICK if args.quick else CASES)
     args.rounds = args.rounds or (3 if args.quick else 11)
     return args
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text}")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from functorch_ens.call import Call, update_lost
 from functorch_ens.checks import check_bool, check_option, check_positive_int
@@ -101,6 +102,8 @@ class Forward:
     """The strategy in use: `"vmap"` or `"loop"`."""
     reason: str
     """Why that one."""
+    plan: Plan
+    """How the members are computed."""
     member_inputs: bool
     """Whether every tensor input has a leading member axis."""
 
@@ -115,6 +118,11 @@ class Forward:
     ) -> None:
         self._expected = Expected(model, parameter_sites(model))
         self._template = Template(model, rank1_side)
+        self._convolutions = {
+            f"{name}.weight" if name else "weight"
+            for name, module in model.named_modules()
+            if isinstance(module, _ConvNd)
+        }
         self._norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _NormBase)]
         self.member_inputs = member_inputs
         self._may_switch = strategy == "auto"
@@ -141,18 +149,29 @@ class Forward:
         call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs)
         if torch.compiler.is_compiling():
             with call.replay():
-                return call.result(*run(call, self._plan))
+                return call.result(*run(call, self.compiled_plan(params)))
         with call.replay():
             try:
                 return self._compute(call)
             finally:
                 call.check_parameters()
 
+    def compiled_plan(self, params: EnsembleParams) -> Plan:
+        """The plan inside torch.compile: there `"auto"` takes the loop for convolutions of each member's own on a CPU.
+
+        vmap makes one grouped convolution of them, which CPUs are slow at, and its norms more passes over memory.
+        """
+        if self._may_switch and self.strategy == "vmap":
+            stacks = [stack for name, stack in params.stacked.items() if name in self._convolutions]
+            if stacks and stacks[0].device.type == "cpu":
+                return self.plan._replace(strategy="loop", owned=False)
+        return self.plan
+
     def _compute(self, call: Call) -> Any:
         """By the plan in use; where that is by vmap and fails, by the first other plan that works, and from then on."""
         before = RandomState.of([*call.shared.values(), *call.stacked.values()])
         try:
-            return call.result(*run(call, self._plan))
+            return call.result(*run(call, self.plan))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -161,8 +180,8 @@ class Forward:
                 raise
             failure = error
         where = f"{self._where(failure)}: {(str(failure).strip() or repr(failure)).splitlines()[0]}"
-        if not self._plan.owned:
-            owned = self._plan._replace(owned=True)
+        if not self.plan.owned:
+            owned = self.plan._replace(owned=True)
             before.restore()
             try:
                 result = call.result(*run(call, owned))
@@ -173,7 +192,7 @@ class Forward:
             else:
                 self._use(owned, f"with new tensors made each member's own, for without that vmap failed in {where}")
                 return result
-        loop = self._plan._replace(strategy="loop", owned=False)
+        loop = self.plan._replace(strategy="loop", owned=False)
         before.restore()
         try:
             result = call.result(*run(call, loop))
@@ -197,7 +216,7 @@ class Forward:
         return found
 
     def _use(self, plan: Plan, reason: str, level: int = logging.INFO) -> None:
-        self._plan, self.strategy, self.reason = plan, plan.strategy, reason
+        self.plan, self.strategy, self.reason = plan, plan.strategy, reason
         log.log(level, "%s: strategy %r: %s", self._template.kind, plan.strategy, reason)
 
     def _check_no_update(self) -> None:

@@ -24,7 +24,14 @@ _LIBRARY = torch.library.Library("functorch_ens", "FRAGMENT")
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """A linear layer without its bias: `x` `[B, I]` or `[I]` and `weight` `[O, I]` to `[B, O]` or `[O]`."""
+    if not torch.compiler.is_compiling() and (_is_own(x) or not _is_own(weight)):
+        return F.linear(x, weight)
     return torch.ops.functorch_ens.product(x, weight)
+
+
+def _is_own(tensor: Tensor) -> bool:
+    """Whether vmap has it as each member's own; asked in eager mode alone, for a compiler cannot trace the question."""
+    return torch._C._functorch.is_batchedtensor(tensor)
 
 
 def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
@@ -42,6 +49,8 @@ def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w
 
 def scaled(x: Tensor, weight: Rank1) -> tuple[Tensor, Tensor]:
     """The input `[..., in, *spatial]` of a layer and its weight, one of them times `s`; their product is the same."""
+    if not torch.compiler.is_compiling() and (_is_own(x) or not _is_own(weight.s)):
+        return _times(x, weight.s, weight.weight.ndim - 2), weight.weight
     groups, transposed = weight.layout
     return torch.ops.functorch_ens.scaled(x, weight.weight, weight.s, groups, transposed, weight.side)
 

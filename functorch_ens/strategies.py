@@ -92,7 +92,9 @@ def _split(members: Slice, size: int | None, member_inputs: bool) -> list[Slice]
     """
 
     def cut(tensor: Tensor) -> tuple[Tensor, ...]:
-        return tensor.unbind() if size is None else tensor.split(size)
+        if size is None:  # squeeze, since the gradient of unbind is a copy even of one
+            return tensor.unbind() if len(tensor) > 1 else (tensor.squeeze(0),)
+        return tensor.split(size)
 
     stacked = {name: cut(tensor) for name, tensor in members.stacked.items()}
     buffers = {name: cut(tensor) for name, tensor in members.buffers.items()}

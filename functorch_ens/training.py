@@ -14,6 +14,7 @@ import torch._inductor
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
 
 from functorch_ens.checks import check_option
 from functorch_ens.forward import Forward
@@ -143,7 +144,9 @@ class TrainStep:
         self._reduction = reduction
         self._prepare = prepare
         self._compute = self._gradients
-        self._to_compile = None if compile is False else {} if compile is True else dict(compile)
+        self._options = {} if compile is True or compile is False else dict(compile)
+        self._compiles = compile is not False
+        self._first = True
         _use_fused_kernels(optimizer)
 
     def __call__(
@@ -164,11 +167,13 @@ class TrainStep:
     ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """What a step computes before it updates: by name the gradients, and the losses `[E]` and new buffers."""
         trained, fixed = self._split(params)
-        arguments = trained, fixed, None if buffers is None else dict(buffers), batch, kwargs
+        new = None if buffers is None else dict(buffers)
+        plan = self._forward.compiled_plan(params) if self._compiles else self._forward.plan
+        size = 1 if plan.strategy == "loop" else plan.chunk_size or params.E
         with torch.no_grad():  # torch.func takes the gradients: autograd has nothing to record
-            if self._to_compile is not None:
-                return self._compile(self._to_compile, arguments)
-            return self._compute(*arguments)
+            if size >= params.E or plan.randomness != "different":
+                return self._run(params.E, trained, fixed, new, batch, kwargs)
+            return self._in_parts(size, params.E, trained, fixed, new, batch, kwargs)
 
     def _split(self, params: EnsembleParams) -> tuple[EnsembleParams, EnsembleParams]:
         """The parameters that the optimiser trains, and the others."""
@@ -191,8 +196,44 @@ class TrainStep:
         )
         return trained, fixed
 
+    def _in_parts(
+        self,
+        size: int,
+        E: int,
+        trained: EnsembleParams,
+        fixed: EnsembleParams,
+        buffers: dict[str, Tensor] | None,
+        batch: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The gradients of `size` members at a time: in memory is what these need, and one graph serves all parts."""
+
+        def cut(tensors: Any, start: int) -> Any:
+            return tree_map(lambda x: x[start : start + size] if isinstance(x, Tensor) else x, tensors)
+
+        gradients: dict[str, list[Tensor]] = {}
+        losses, new = [], []
+        for start in range(0, E, size):
+            mine = (params._replace(stacked=cut(params.stacked, start)) for params in (trained, fixed))
+            given = cut((batch, kwargs), start) if self._forward.member_inputs else (batch, kwargs)
+            some, loss, states = self._run(E, *mine, cut(buffers, start), *given)
+            for name, gradient in some.items():
+                if name in trained.shared and name in gradients:
+                    gradients[name][0] += gradient
+                else:
+                    gradients.setdefault(name, []).append(gradient)
+            losses.append(loss)
+            new.append(states)
+        whole = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in gradients.items()}
+        return whole, torch.cat(losses), {name: torch.cat([states[name] for states in new]) for name in new[0]}
+
+    def _run(self, *arguments: Any) -> Any:
+        """`_gradients`, by the compiler where that is wanted and works."""
+        return self._start(arguments) if self._compiles and self._first else self._compute(*arguments)
+
     def _gradients(
         self,
+        E: int,
         trained: EnsembleParams,
         fixed: EnsembleParams,
         buffers: dict[str, Tensor] | None,
@@ -206,51 +247,58 @@ class TrainStep:
             outputs = self._forward(params, *inputs, buffers=buffers, **kwargs)
             outputs, new = (outputs, {}) if buffers is None else outputs
             losses = member_losses(self._loss, outputs, target, member_targets=self._forward.member_inputs)
-            return losses.sum() if self._reduction == "sum" else losses.mean(), (losses, new)
+            return losses.sum() if self._reduction == "sum" else losses.sum() / E, (losses, new)
 
         slopes, (losses, new) = grad(total, has_aux=True)(trained)
         tensors, slopes = ({**params.shared, **params.stacked} for params in (trained, slopes))
         return {name: _with_strides_of(tensors[name], slope) for name, slope in slopes.items()}, losses, new
 
-    def _compile(self, options: dict[str, Any], arguments: tuple[Any, ...]) -> Any:
+    def _start(self, arguments: tuple[Any, ...]) -> Any:
         """The first call: once as it is, for the model's own errors and the choice of a strategy, and then compiled."""
-        before = RandomState.of(arguments[0])
+        before = RandomState.of(arguments[1])
         plain = self._gradients(*arguments)
-        after = RandomState.of(arguments[0])
+        after = RandomState.of(arguments[1])
         before.restore()
-        self._to_compile = None
-        compiled = torch.compile(MethodType(_with_own_code(TrainStep._gradients), self), **_with_fewer_guards(options))
+        self._first = False
+        compiled = torch.compile(
+            MethodType(_with_own_code(TrainStep._gradients), self), **self._options_for(arguments[1])
+        )
         try:
             result = compiled(*arguments)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = str(error.inner_exception).strip().partition("\n")[0]
             log.warning("torch.compile does not work here, so training goes on without it: %s", reason)
             after.restore()
+            self._compiles = False
             return plain
         self._compute = compiled
         return result
+
+    def _options_for(self, trained: EnsembleParams) -> dict[str, Any]:
+        """Those of torch.compile: what was given, and what is known to be faster."""
+        options = dict(self._options)
+        extra = dict(options.pop("options", None) or {})
+        if mode := options.pop("mode", None):  # torch.compile takes a mode or options, but a mode is a name for some
+            extra = {**torch._inductor.list_mode_options(mode, options.get("dynamic")), **extra}
+        on_cpu = all(tensor.device.type == "cpu" for tensor in tree_leaves(trained))
+        if on_cpu and self._forward.compiled_plan(trained).strategy == "loop" and "backend" not in options:
+            # A weight that serves one member's rows is not worth a change of its layout before each convolution.
+            extra.setdefault("layout_optimization", False)
+        theirs = extra.get("guard_filter_fn", lambda guards: [True] * len(guards))
+
+        def needed(guards: Sequence[Any]) -> list[bool]:
+            kept = zip(guards, theirs(guards), strict=True)
+            return [keep and not _FIXED.search(guard.name) for guard, keep in kept]
+
+        return {**options, "options": {**extra, "guard_filter_fn": needed}}
 
 
 # What torch.compile would look at before every call, and never finds changed: what a forward has made for itself, and
 # the code of this package and of torch. There are a thousand such guards, which take longer than a small step.
 _FIXED = re.compile(
-    r"\._forward\._(expected|norms|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
+    r"\._forward\._(expected|norms|convolutions|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
     r"|^G\['(?!__)|^G\['__(import_(torch|functorch_ens|einops|contextlib)|builtins)|^__import__\("
 )
-
-
-def _with_fewer_guards(options: dict[str, Any]) -> dict[str, Any]:
-    """The `options` of torch.compile, with one that leaves out what is compared before every call for nothing."""
-    options = dict(options)
-    extra = dict(options.pop("options", None) or {})
-    if mode := options.pop("mode", None):  # torch.compile takes a mode or options, but a mode is a name for some
-        extra = {**torch._inductor.list_mode_options(mode, options.get("dynamic")), **extra}
-    theirs = extra.get("guard_filter_fn", lambda guards: [True] * len(guards))
-
-    def needed(guards: Sequence[Any]) -> list[bool]:
-        return [kept and not _FIXED.search(guard.name) for guard, kept in zip(guards, theirs(guards), strict=True)]
-
-    return {**options, "options": {**extra, "guard_filter_fn": needed}}
 
 
 def _with_own_code(function: Any) -> Any:

@@ -1,0 +1,212 @@
+"""The job that notebooks on BatchEnsemble do, their way and with functorch_ens: an epoch, and an evaluation.
+
+    python benchmarks/notebook_job.py                      generated images, or CIFAR-10 where --data-dir has it
+    python benchmarks/notebook_job.py --images 5000        a tenth of it
+
+An MLP 3072-128-128-10 is trained for one epoch, as a BatchEnsemble and as a classic ensemble of E = 5, with batches of
+32 and Adam at 1e-3, and evaluated. The notebook's way: PIL images through ToTensor and Normalize in a DataLoader with
+two workers, ordinary modules, loops over members. This library's: the images held as bytes, a compiled step. What
+differs is how it is computed: the networks, the batches' size and the number of steps are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))  # every compilation is timed
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import torch
+import torch.nn.functional as F
+from data import Split, normalise
+from einops import rearrange
+from measure import aligned, machine, positive, write_json
+from models import mlp
+from PIL import Image
+from rivals import NotebookEnsemble, adam, member_after_member
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets, transforms
+from tqdm import tqdm
+
+import functorch_ens as fe
+
+SIZES = (3072, 128, 128, 10)
+
+
+class AsPIL(Dataset[tuple[Tensor, int]]):
+    """Images one by one, as torchvision's data sets give them."""
+
+    def __init__(self, data: Split) -> None:
+        self._arrays = rearrange(data.images, "n c h w -> n h w c").numpy()
+        self._labels = data.labels.tolist()
+        self._transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self._transform(Image.fromarray(self._arrays[i])), self._labels[i]
+
+
+class Outcome(NamedTuple):
+    """The seconds of each part, and the accuracy of the ensemble."""
+
+    train: float
+    compile: float
+    evaluate: float
+    accuracy: float
+
+    @property
+    def total(self) -> float:
+        return self.train + self.compile + self.evaluate
+
+
+def cifar10(folder: Path) -> tuple[Split, Split] | None:
+    """CIFAR-10 where it is in `folder`; None where it is not."""
+    try:
+        parts = [datasets.CIFAR10(str(folder), train=train) for train in (True, False)]
+    except RuntimeError:  # torchvision's word for "not found"
+        return None
+    train, test = (
+        Split(rearrange(torch.from_numpy(part.data), "n h w c -> n c h w").contiguous(), torch.tensor(part.targets))
+        for part in parts
+    )
+    return train, test
+
+
+def generated(count: int, source: torch.Generator) -> Iterator[Split]:
+    """A training and a test set, a fifth of its size: ten classes, each a pattern under noise."""
+    patterns = torch.randint(256, (10, 3, 32, 32), generator=source).float()
+    for size in (count, max(1, count // 5)):
+        labels = torch.randint(10, (size,), generator=source)
+        noise = torch.randint(256, (size, 3, 32, 32), generator=source).float()
+        yield Split((0.04 * patterns[labels] + 0.96 * noise).byte(), labels)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The notebook's way
+
+
+def by_loops(kind: str, train: Split, test: Split, args: argparse.Namespace) -> Outcome:
+    """Ordinary modules, a DataLoader, and a loop over members."""
+    E = args.members
+    if kind == "BatchEnsemble":
+        ensemble = NotebookEnsemble(SIZES, E)
+        models: list[nn.Module] = [ensemble]
+        loss: Any = member_after_member
+    else:
+        models, loss = [mlp(SIZES[0], SIZES[-1]) for _ in range(E)], F.cross_entropy
+    optimizers = adam(models)
+    load = partial(DataLoader[Any], batch_size=args.batch_size, num_workers=args.workers)
+
+    start = time.perf_counter()
+    for x, y in tqdm(load(AsPIL(train), shuffle=True), desc=f"{kind}, notebook's way", disable=None):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+    trained = time.perf_counter()
+    right = 0
+    with torch.no_grad():
+        for x, y in load(AsPIL(test)):
+            logits = models[0](x) if kind == "BatchEnsemble" else torch.stack([model(x) for model in models])
+            right += int((logits.softmax(-1).mean(0).argmax(-1) == y).sum())
+    return Outcome(trained - start, 0.0, time.perf_counter() - trained, right / len(test.labels))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# With functorch_ens
+
+
+def by_library(kind: str, train: Split, test: Split, args: argparse.Namespace) -> Outcome:
+    """One compiled step for all members, on images that are held as bytes."""
+    model, E = mlp(SIZES[0], SIZES[-1]), args.members
+    params = fe.batchensemble_params(model, E) if kind == "BatchEnsemble" else fe.ensemble_params(model, E)
+    reduction = "mean" if kind == "BatchEnsemble" else "sum"
+    forward, optimizer = fe.make_forward(model), torch.optim.Adam(tree_leaves(params), lr=1e-3)
+    make_step = partial(
+        fe.make_train_step,
+        forward,
+        F.cross_entropy,
+        optimizer,
+        reduction=reduction,
+        prepare=lambda index: (normalise(train.images[index]), train.labels[index]),
+    )
+    step, last_step = make_step(), make_step(compile=False)  # the last, smaller batch is not worth a compilation
+    batches = torch.randperm(len(train.labels)).split(args.batch_size)
+
+    start = time.perf_counter()
+    step.gradients(params, batches[0])
+    compiled = time.perf_counter()
+    for index in tqdm(batches, desc=f"{kind}, functorch_ens", disable=None):
+        (step if len(index) == args.batch_size else last_step)(params, index)
+    trained = time.perf_counter()
+    right = 0
+    with torch.no_grad():
+        for images, y in zip(test.images.split(500), test.labels.split(500), strict=True):
+            logits = forward(params, normalise(images))
+            right += int((logits.softmax(-1).mean(0).argmax(-1) == y).sum())
+    return Outcome(trained - compiled, compiled - start, time.perf_counter() - trained, right / len(test.labels))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+WAYS: dict[str, Callable[..., Outcome]] = {"notebook's way": by_loops, "functorch_ens": by_library}
+KINDS = ("BatchEnsemble", "classic ensemble")
+
+
+def table(outcomes: dict[tuple[str, str], Outcome]) -> str:
+    """The seconds of each way, and how many times as fast the second is, without and with compilation."""
+    rows = [["", "train s", "compile s", "evaluate s", "total s", "accuracy", "times as fast", "with compile"]]
+    for kind in (*KINDS, "both"):
+        mine = {way: [o for (k, w), o in outcomes.items() if w == way and kind in (k, "both")] for way in WAYS}
+        for way, parts in mine.items():
+            sums = [sum(getattr(o, part) for o in parts) for part in ("train", "compile", "evaluate", "total")]
+            accuracy = f"{parts[0].accuracy:.4f}" if kind != "both" else "-"
+            rows.append([f"{kind}, {way}", *(f"{value:.2f}" for value in sums), accuracy, "", ""])
+        slow, fast = (sum(o.total for o in parts) for parts in mine.values())
+        compile_seconds = sum(o.compile for o in mine["functorch_ens"])
+        rows[-1][-2:] = [f"{slow / (fast - compile_seconds):.1f}", f"{slow / fast:.1f}"]
+    return aligned(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where CIFAR-10 may be (default: data)")
+    add("--images", type=positive, metavar="N", help="generate N images instead (default: CIFAR-10, or 50000)")
+    add("--members", type=positive, default=5, metavar="E", help="members of an ensemble (default: %(default)s)")
+    add("--batch-size", type=positive, default=32, metavar="B", help="images a step (default: %(default)s)")
+    add("--workers", type=int, default=2, help="of the notebook's DataLoader (default: %(default)s)")
+    add("--json", type=Path, default=Path("notebook_job.json"), metavar="FILE", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if not args.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {args.json.parent}")
+    torch.manual_seed(0)
+    found = None if args.images else cifar10(args.data_dir)
+    train, test = found or generated(args.images or 50_000, torch.Generator().manual_seed(0))
+    if len(train.labels) < args.batch_size:
+        parser.error(f"--batch-size: {args.batch_size} is more than the {len(train.labels)} images")
+    what = "CIFAR-10" if found else "generated images"
+    where = machine(torch.device("cpu"))
+    print(f"{what}: {len(train.labels)} and {len(test.labels)}, E = {args.members}, batch {args.batch_size}; {where}\n")
+    outcomes = {(kind, way): run(kind, train, test, args) for kind in KINDS for way, run in WAYS.items()}
+    print(table(outcomes))
+    results = {f"{kind}, {way}": outcome._asdict() for (kind, way), outcome in outcomes.items()}
+    write_json({"machine": where, "data": what, "images": len(train.labels), "results": results}, args.json)
+    print(f"\nresults: {args.json}")
+
+
+if __name__ == "__main__":
+    main()
