@@ -16,64 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryFile
-from typing import Any
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from data import Data, DataUnavailable, Split, load, normalise, with_channels
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from models import UnknownModel, make_model
 from report import draw, table, write_json
 from torch import Tensor, nn
-from torch.func import grad_and_value
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import functorch_ens as fe
 
-Buffers = dict[str, Tensor]
-Gradients = Callable[[fe.EnsembleParams, Buffers, Tensor, Tensor], tuple[fe.EnsembleParams, Tensor, Buffers]]
-
-
-def make_gradients(forward: fe.Forward) -> Gradients:
-    """A pure function of parameters, buffers and a batch: gradients, the loss of each member `[E]`, and new buffers."""
-
-    def loss(
-        params: fe.EnsembleParams, buffers: Buffers, x: Tensor, y: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Buffers]]:
-        logits, buffers = forward(params, x, buffers=buffers)  # [E, B, C]
-        each = F.cross_entropy(
-            rearrange(logits, "e b c -> (e b) c"), repeat(y, "b -> (e b)", e=params.E), reduction="none"
-        )
-        losses = reduce(each, "(e b) -> e", "mean", e=params.E)
-        return losses.sum(), (losses, buffers)  # the sum: every member learns as it would alone
-
-    def gradients(
-        params: fe.EnsembleParams, buffers: Buffers, images: Tensor, labels: Tensor
-    ) -> tuple[fe.EnsembleParams, Tensor, Buffers]:
-        grads, (_, (losses, buffers)) = grad_and_value(loss, has_aux=True)(params, buffers, normalise(images), labels)
-        # Adam's fused CPU kernel goes wrong on a gradient whose strides are not its parameter's.
-        return tree_map(Tensor.contiguous, grads), losses, buffers
-
-    return gradients
-
 
 class Unusable(Exception):
     """What was asked for cannot be done; the message says why, and what can."""
-
-
-def compiled(gradients: Gradients, *example: Any) -> tuple[Gradients, float]:
-    """`gradients` compiled, and the seconds that took; as it is, with a word on stderr, where no compiler works."""
-    start = time.perf_counter()
-    try:
-        fast = torch.compile(gradients)
-        fast(*example)  # a pure function: calling it changes nothing
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        print(f"torch.compile does not work here, so this runs without it: {reason}", file=sys.stderr)
-        return gradients, 0.0
-    return fast, time.perf_counter() - start
 
 
 @dataclass
@@ -81,7 +39,7 @@ class Trained:
     """What training leaves behind."""
 
     params: fe.EnsembleParams
-    buffers: Buffers
+    buffers: dict[str, Tensor]
     compile_seconds: float
     epoch_seconds: float
 
@@ -92,34 +50,36 @@ def train(
     """Train every member on the same batches with Adam. `params` are updated in place, as torch.optim does."""
     model.train()
     buffers = fe.ensemble_buffers(model, params.E)
-    optimizer = torch.optim.Adam(tree_leaves(params), lr=args.lr, fused=True)
-    gradients = make_gradients(forward)
+    optimizer = torch.optim.Adam(tree_leaves(params), lr=args.lr)
+    step = fe.make_train_step(
+        forward,
+        F.cross_entropy,
+        optimizer,
+        prepare=lambda index: (normalise(split.images[index]), split.labels[index]),
+        compile=args.compile,
+    )
     shuffle = torch.Generator().manual_seed(args.seed)
     size = min(args.batch_size, len(split.labels))
     steps = len(split.labels) // size
-    compile_seconds, seconds = 0.0, []
+    seconds = []
 
-    # torch.func takes the gradients; autograd has nothing to record around it.
-    with torch.no_grad(), tqdm(total=args.epochs * steps, desc=name, unit="step", disable=None) as bar:
-        first = split.images[:size], split.labels[:size]
+    with tqdm(
+        total=args.epochs * steps, desc=f"{name}: compiling" if args.compile else name, unit="step", disable=None
+    ) as bar:
+        start = time.perf_counter()
         try:
-            gradients(params, buffers, *first)  # once as it is: here any error is the model's own
+            step.gradients(params, torch.arange(size, device=split.labels.device), buffers=buffers)
         except (RuntimeError, ValueError, AssertionError) as error:
             shape = list(split.images.shape[1:])
             raise Unusable(f"{args.model} cannot be trained on images of {shape}; try --image-size. {error}") from error
-        if args.compile:
-            bar.set_description(f"{name}: compiling")
-            gradients, compile_seconds = compiled(gradients, params, buffers, *first)
-            bar.set_description(name)
+        compile_seconds = time.perf_counter() - start if args.compile else 0.0
+        bar.set_description(name)
         for _ in range(args.epochs):
             start = time.perf_counter()
             total = torch.zeros(params.E, device=split.labels.device)
             order = torch.randperm(len(split.labels), generator=shuffle).to(split.labels.device)
             for batch in order[: steps * size].split(size):
-                grads, losses, buffers = gradients(params, buffers, split.images[batch], split.labels[batch])
-                for leaf, grad in zip(tree_leaves(params), tree_leaves(grads), strict=True):
-                    leaf.grad = grad
-                optimizer.step()
+                losses, buffers = step(params, batch, buffers=buffers)
                 total += losses
                 bar.update()
             bar.set_postfix(loss=f"{(total / steps).mean():.4f}")  # reading it waits for the device

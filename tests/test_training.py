@@ -9,7 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import randn
-from oracle import assert_same, compiler, materialise
+from hypothesis import given
+from hypothesis import strategies as st
+from measure import peak_memory
+from oracle import assert_same, compile_whole, compiler, materialise, member_weights
+from plain import with_weights
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -223,6 +227,77 @@ def test_the_losses_of_an_output_that_is_a_tree() -> None:
     many = torch.randint(4, (3, 5))
     want = torch.stack([F.cross_entropy(logits[i], many[i]) for i in range(3)])
     assert_same(fe.member_losses(F.cross_entropy, logits, many, member_targets=True), want)
+
+
+@given(
+    E=st.integers(1, 4),
+    kind=st.sampled_from(["classic", "BatchEnsemble", "own head"]),
+    strategy=st.sampled_from(["vmap", "loop"]),
+    chunk_size=st.sampled_from([None, 1, 2, 3]),
+    reduction=st.sampled_from(["sum", "mean"]),
+    own_inputs=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_in_parts_or_whole_a_step_is_autograd_of_the_plain_loop(
+    E: int, kind: str, strategy: str, chunk_size: int | None, reduction: str, own_inputs: bool, dtype: torch.dtype
+) -> None:
+    model = _net().to(dtype)
+    make = {
+        "classic": fe.ensemble_params,
+        "BatchEnsemble": fe.batchensemble_params,
+        "own head": partial(fe.batchensemble_params, stacked="6.*"),
+    }[kind]
+    params, buffers = make(model, E), fe.ensemble_buffers(model, E)
+    forward = fe.make_forward(model, strategy=strategy, chunk_size=chunk_size, member_inputs=own_inputs)
+    x, y = randn(E, 6, 2, 6).to(dtype), torch.randint(4, (E, 6))
+    x, y = (x, y) if own_inputs else (x[0], y[0])
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    step = fe.make_train_step(forward, F.cross_entropy, optimizer, reduction=reduction, compile=False)
+    got, losses, new = step.gradients(params, x, y, buffers=buffers)
+
+    values, states = [], []
+    for i in range(E):
+        weights = member_weights(model, params, i)
+        state = {name: stack[i].clone() for name, stack in buffers.items()}
+        member = with_weights(model, weights, state)
+        values.append(F.cross_entropy(member(x[i] if own_inputs else x), y[i] if own_inputs else y))
+        states.append(dict(member.named_buffers()))
+    getattr(torch.stack(values), reduction)().backward()
+    assert_same(losses, torch.stack(values).detach())
+    assert_same(new, {name: torch.stack([state[name] for state in states]) for name in buffers})
+    want = {name: tensor.grad for part in params for name, tensor in part.items()}
+    assert_same({name: got[name] for name in want}, want, tolerance=1e-9 if dtype == torch.float64 else None)
+
+
+def test_a_chunk_holds_the_memory_of_its_members() -> None:
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(8)])
+    params, x = fe.ensemble_params(model, 8), torch.randn(2000, 32)
+    peaks = {}
+    for size in (None, 4, 1):
+        forward = fe.make_forward(model, chunk_size=size)
+        step = fe.make_train_step(forward, F.mse_loss, torch.optim.SGD(tree_leaves(params)), compile=False)
+        peaks[size] = peak_memory(partial(step.gradients, params, x, x), torch.device("cpu"))
+    assert peaks[4] < 0.6 * peaks[None] and peaks[1] < 0.2 * peaks[None]
+
+
+def test_convolutions_of_their_own_are_compiled_one_member_after_another() -> None:
+    """... on a CPU, where "auto" may choose; what they give is the same."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)).double()
+    x, y = randn(5, 2, 4, 4), torch.randint(4, (5,))
+    buffers = fe.ensemble_buffers(model, 3)
+    classic, shared = fe.ensemble_params(model, 3), fe.batchensemble_params(model, 3)
+    auto, asked = fe.make_forward(model), fe.make_forward(model, strategy="vmap")
+    assert auto.compiled_plan(classic).strategy == "loop" and auto.compiled_plan(shared).strategy == "vmap"
+    assert asked.compiled_plan(classic).strategy == "vmap" and auto.strategy == "vmap"
+    assert fe.make_forward(nn.Linear(3, 2)).compiled_plan(fe.ensemble_params(nn.Linear(3, 2), 2)).strategy == "vmap"
+    results = []
+    for compile in (True, False):
+        optimizer = torch.optim.SGD(tree_leaves(classic))
+        step = fe.make_train_step(auto, F.cross_entropy, optimizer, compile=compile)
+        results.append([step.gradients(classic, x, y, buffers=buffers) for _ in range(2)])
+    assert_same(results[0], results[1])
+    whole = compile_whole(lambda params: auto(params, x, buffers=buffers))
+    assert_same(whole(classic), auto(classic, x, buffers=buffers))
 
 
 def test_a_compiled_step_is_that_of_its_own_model_mode_and_loss() -> None:
