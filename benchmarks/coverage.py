@@ -18,6 +18,7 @@ import gc
 import importlib
 import json
 import logging
+import math
 import multiprocessing
 import sys
 import time
@@ -45,7 +46,9 @@ RUNS = [(kind, mode) for kind in ("classic", "BatchEnsemble") for mode in ("eval
 # Above this many parameters a model is compared in float32, by one strategy, with some of its gradients; above the
 # second it does not fit into memory in float64.
 _LARGE, _HUGE = 10_000_000, 300_000_000
-# Of the largest value. Deep networks amplify rounding.
+# Of the largest value. Deep networks amplify rounding. How much, where float64 cannot tell it from an error, is seen from
+# an input that is changed by a unit of rounding: a difference may be so many times that, for there are many roundings.
+_ROUNDINGS = 10
 _TOLERANCE = {torch.complex128: 1e-7, torch.float64: 1e-7, torch.float32: 1e-2}
 
 
@@ -155,10 +158,11 @@ class Trial:
         self.params = ensemble(self.model, kind, E)
         self.buffers = fe.ensemble_buffers(self.model, E)
 
-    def plain(self) -> Any:
-        """The outputs and new buffers of a loop over ordinary modules."""
+    def plain(self, shaken: bool = False) -> Any:
+        """The outputs and new buffers of a loop over ordinary modules; with inputs `shaken` by a unit of rounding."""
         weights = [fe.member_params(self.model, self.params, i) for i in range(self.params.E)]
-        return plain_loop(self.model, weights, self.buffers, self.args, self.kwargs, seed=1)
+        args, kwargs = pytree.tree_map(_shaken, (self.args, self.kwargs)) if shaken else (self.args, self.kwargs)
+        return plain_loop(self.model, weights, self.buffers, args, kwargs, seed=1)
 
     def run(self, forward: fe.Forward) -> Any:
         """The outputs and new buffers of `forward`."""
@@ -201,17 +205,27 @@ def attempt(kind: str, mode: str, E: int, single: Sample, double: Callable[[], S
     if wrong and _parameters(single.model) < _HUGE:
         precise = Trial(double(), kind, mode, E)
         try:
-            want = precise.plain()
+            want, noise = precise.plain(), False
         except Exception:  # some models compute in float32 inside, whatever they are given
-            precise, want = trial, trial.plain()
-        wrong = _compare(precise, want, strategies, result)
+            precise, want, noise = trial, trial.plain(), True
+        wrong = _compare(precise, want, strategies, result, noise)
+    elif wrong:
+        wrong = _compare(trial, trial.plain(), strategies, result, noise=True)
     return {**result, "by": "fails", "reason": wrong} if wrong else result
 
 
-def _compare(trial: Trial, want: Any, strategies: list[str], result: dict[str, Any]) -> str | None:
-    """What differs from `want`, the plain loop's, beyond rounding, if anything; how much goes to `result`."""
+def _compare(trial: Trial, want: Any, strategies: list[str], result: dict[str, Any], noise: bool = False) -> str | None:
+    """What differs from `want`, the plain loop's, beyond rounding, if anything; how much goes to `result`.
+
+    With `noise`, the tolerance is no less than what rounding does to this model, as far as the plain loop itself tells.
+    """
     want_gradients = trial.gradients(want)
     tolerance = max(_TOLERANCE[t.dtype] for t in trial.params.stacked.values() if t.dtype in _TOLERANCE)
+    if noise:
+        other = trial.plain(shaken=True)
+        moved = max(difference(other, want), difference(trial.gradients(other), want_gradients))
+        result["moved by a rounding of the input"] = moved
+        tolerance = max(tolerance, _ROUNDINGS * moved if math.isfinite(moved) else 0.0)
     for strategy in strategies:
         # "same": one noise for all members, so that dropout can be compared with the loop's.
         got = trial.run(fe.make_forward(trial.model, strategy=strategy, randomness="same"))
@@ -220,6 +234,15 @@ def _compare(trial: Trial, want: Any, strategies: list[str], result: dict[str, A
         if not max(errors) <= tolerance:
             return f"{strategy}: differs from the loop by {errors[0]:.1g} in outputs, {errors[1]:.1g} in gradients"
     return None
+
+
+def _shaken(value: Any) -> Any:
+    """Floating numbers, each multiplied by 1 or by the next number after it."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    generator = torch.Generator().manual_seed(4)
+    up = torch.randint(2, value.shape, generator=generator).to(value)
+    return value * (1 + up * torch.finfo(value.dtype).eps)
 
 
 def _parameters(model: nn.Module) -> int:

@@ -63,9 +63,7 @@ def train(
     steps = len(split.labels) // size
     seconds = []
 
-    with tqdm(
-        total=args.epochs * steps, desc=f"{name}: compiling" if args.compile else name, unit="step", disable=None
-    ) as bar:
+    with tqdm(total=args.epochs * steps, desc=f"{name}: first step", unit="step", disable=None) as bar:
         start = time.perf_counter()
         try:
             step.gradients(params, torch.arange(size, device=split.labels.device), buffers=buffers)

@@ -242,7 +242,7 @@ def test_in_parts_or_whole_a_step_is_autograd_of_the_plain_loop(
     E: int, kind: str, strategy: str, chunk_size: int | None, reduction: str, own_inputs: bool, dtype: torch.dtype
 ) -> None:
     model = _net().to(dtype)
-    make = {
+    make: Any = {
         "classic": fe.ensemble_params,
         "BatchEnsemble": fe.batchensemble_params,
         "own head": partial(fe.batchensemble_params, stacked="6.*"),
