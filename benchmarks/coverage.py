@@ -46,8 +46,8 @@ RUNS = [(kind, mode) for kind in ("classic", "BatchEnsemble") for mode in ("eval
 # Above this many parameters a model is compared in float32, by one strategy, with some of its gradients; above the
 # second it does not fit into memory in float64.
 _LARGE, _HUGE = 10_000_000, 300_000_000
-# Of the largest value. Deep networks amplify rounding. How much, where float64 cannot tell it from an error, is seen from
-# an input that is changed by a unit of rounding: a difference may be so many times that, for there are many roundings.
+# Of the largest value. Deep networks amplify rounding. How much, where float64 cannot tell it from an error, is seen
+# from an input that is changed by a unit of rounding: a difference may be so many times that, as there are many.
 _ROUNDINGS = 10
 _TOLERANCE = {torch.complex128: 1e-7, torch.float64: 1e-7, torch.float32: 1e-2}
 
