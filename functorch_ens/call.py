@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -42,12 +42,7 @@ class Call:
         given = [] if torch.compiler.is_compiling() else [*params.shared.items(), *params.stacked.items()]
         self._versions = [(name, tensor, tensor._version) for name, tensor in given]
         if member_inputs:
-            wrong = [list(x.shape) for x in self.inputs if x.ndim == 0 or x.shape[0] != E]
-            if wrong:
-                raise ValueError(
-                    f"inputs: member_inputs=True expects every tensor to have a leading member axis of {E}, "
-                    f"[E, B, ...]; got {wrong}"
-                )
+            check_member_axis(self.inputs, E)
         self._form: Form | None = None  # of the output
         self._lost: set[str] = set()  # the model's own buffers that it has updated
 
@@ -105,6 +100,16 @@ class Call:
             else f"each of the {self.E} members gets every input [B, ...] whole; member_inputs=True is for [E, B, ...]"
         )
         return f"functorch_ens: the model raised this for one member. The inputs have the shapes {given}: {axis}."
+
+
+def check_member_axis(inputs: Iterable[Tensor], E: int) -> None:
+    """ValueError where one of `inputs` is not `[E, ...]`."""
+    wrong = [list(x.shape) for x in inputs if x.ndim == 0 or x.shape[0] != E]
+    if wrong:
+        raise ValueError(
+            f"inputs: member_inputs=True expects every tensor to have a leading member axis of {E}, [E, B, ...]; "
+            f"got {wrong}"
+        )
 
 
 def update_lost(names: list[str]) -> str:

@@ -141,11 +141,7 @@ class Forward:
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """Every member's output for the inputs `args` and `kwargs`, as `make_forward` describes."""
-        E = self._expected.check_params(params)
-        if buffers is None:
-            self._check_no_update()
-        else:
-            self._expected.check_buffers(buffers, E)
+        E = self.check(params, buffers)
         call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs)
         if torch.compiler.is_compiling():
             with call.replay():
@@ -155,6 +151,15 @@ class Forward:
                 return self._compute(call)
             finally:
                 call.check_parameters()
+
+    def check(self, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> int:
+        """The number of members; TypeError or ValueError, as a call raises it, where these do not fit the model."""
+        E = self._expected.check_params(params)
+        if buffers is None:
+            self._check_no_update()
+        else:
+            self._expected.check_buffers(buffers, E)
+        return E
 
     def compiled_plan(self, params: EnsembleParams) -> Plan:
         """The plan inside torch.compile: there `"auto"` takes the loop for convolutions of each member's own on a CPU.

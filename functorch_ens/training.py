@@ -16,6 +16,7 @@ from torch.func import grad, vmap
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
+from functorch_ens.call import check_member_axis
 from functorch_ens.checks import check_option
 from functorch_ens.forward import Forward
 from functorch_ens.params import EnsembleParams
@@ -99,7 +100,8 @@ def make_train_step(
             the model and then the target. With the data held on the device and an index as the batch,
             `lambda i: (images[i].float() / 255, labels[i])`.
         compile: True compiles; a dict holds options for `torch.compile` (`{"mode": "reduce-overhead"}`, CUDA graphs);
-            False does not. Where no compiler works, a warning says so, and the step goes on without.
+            False does not. Where no compiler works, or not for this model, a warning says so, and the step goes on
+            without.
 
     Returns:
         `step(params, *inputs, y, buffers=None, **kwargs)`: `params` are updated in place, as torch.optim does it, and
@@ -157,9 +159,11 @@ class TrainStep:
         tensors = {**params.shared, **params.stacked}
         for name, gradient in gradients.items():
             tensors[name].grad = gradient
-        self._optimizer.step()
-        for name in gradients:
-            tensors[name].grad = None
+        try:
+            self._optimizer.step()
+        finally:
+            for name in gradients:
+                tensors[name].grad = None
         return losses if buffers is None else (losses, new)
 
     def gradients(
@@ -173,7 +177,8 @@ class TrainStep:
         with torch.no_grad():  # torch.func takes the gradients: autograd has nothing to record
             if size >= params.E or plan.randomness != "different":
                 return self._run(params.E, trained, fixed, new, batch, kwargs)
-            return self._in_parts(size, params.E, trained, fixed, new, batch, kwargs)
+            E = self._forward.check(params, buffers)  # whole, since a part does not show what is too long
+            return self._in_parts(size, E, trained, fixed, new, batch, kwargs)
 
     def _split(self, params: EnsembleParams) -> tuple[EnsembleParams, EnsembleParams]:
         """The parameters that the optimiser trains, and the others."""
@@ -211,6 +216,8 @@ class TrainStep:
         def cut(tensors: Any, start: int) -> Any:
             return tree_map(lambda x: x[start : start + size] if isinstance(x, Tensor) else x, tensors)
 
+        if self._forward.member_inputs:
+            check_member_axis(take_apart((batch, kwargs))[0], E)
         gradients: dict[str, list[Tensor]] = {}
         losses, new = [], []
         for start in range(0, E, size):
@@ -265,8 +272,10 @@ class TrainStep:
         )
         try:
             result = compiled(*arguments)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = str(error.inner_exception).strip().partition("\n")[0]
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if self._options.get("fullgraph") and not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+                raise
+            reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
             log.warning("torch.compile does not work here, so training goes on without it: %s", reason)
             after.restore()
             self._compiles = False

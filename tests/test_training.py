@@ -359,6 +359,46 @@ def test_without_a_compiler_training_goes_on(caplog: pytest.LogCaptureFixture) -
     ]
 
 
+def test_a_model_that_the_compiler_refuses_is_trained_without(caplog: pytest.LogCaptureFixture) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x)[0][:, -1])
+
+    model = Last().double()
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+    x, y = randn(5, 6, 3), randn(5, 2)
+    steps = [
+        fe.make_train_step(forward, F.mse_loss, torch.optim.SGD(tree_leaves(params)), compile=compile)
+        for compile in (True, False)
+    ]
+    results = [[step.gradients(params, x, y) for _ in range(2)] for step in steps]
+    assert_same(results[0], results[1])
+    assert all("training goes on without it" in record.message for record in caplog.records if record.levelno >= 30)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_what_does_not_fit_is_an_error_also_in_parts(chunk_size: int | None) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    params, buffers = fe.ensemble_params(model, 3), fe.ensemble_buffers(model, 3)
+    forward = fe.make_forward(model, chunk_size=chunk_size, member_inputs=True)
+    step = fe.make_train_step(forward, F.mse_loss, torch.optim.SGD(tree_leaves(params)), compile=False)
+    x, y = randn(4, 5, 3), randn(4, 5, 4)
+    with pytest.raises(ValueError, match=r"leading member axis of 3, .* got \[\[4, 5, 3\]"):
+        step(params, x, y, buffers=buffers)
+    longer = {name: torch.cat([stack, stack[:1]]) for name, stack in buffers.items()}
+    with pytest.raises(ValueError, match=r"buffers: wrong shape with a leading member axis of 3"):
+        step(params, x[:3], y[:3], buffers=longer)
+    params.stacked["1.bias"] = randn(4, 4)
+    with pytest.raises(ValueError, match=r"1.bias: expected \[3, 4\], got \[4, 4\]"):
+        fe.make_train_step(forward, F.mse_loss, torch.optim.SGD([params.stacked["0.weight"]]), compile=False)(
+            params, x[:3], y[:3], buffers=buffers
+        )
+
+
 def test_bad_arguments() -> None:
     model, x, y = nn.Linear(3, 2), torch.ones(5, 3), torch.ones(5, 2)
     params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
