@@ -14,7 +14,7 @@ import torch._inductor
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from functorch_ens.call import check_member_axis
 from functorch_ens.checks import check_option
@@ -57,7 +57,10 @@ def member_losses(loss: Callable[..., Tensor], outputs: Any, *targets: Any, memb
         )
 
     def of_one(output: list[Tensor], target: list[Tensor]) -> Tensor:
-        return loss(form.rebuild(iter(output)), *target_form.rebuild(iter(target)))
+        value: Any = loss(form.rebuild(iter(output)), *target_form.rebuild(iter(target)))
+        if not isinstance(value, Tensor):
+            raise TypeError(f"loss: expected a tensor, got {value!r}")
+        return value
 
     losses = vmap(of_one, in_dims=(0, 0 if member_targets else None), randomness="different")(stacked, given)
     if losses.ndim != 1:
@@ -106,7 +109,9 @@ def make_train_step(
     Returns:
         `step(params, *inputs, y, buffers=None, **kwargs)`: `params` are updated in place, as torch.optim does it, and
         the loss of each member before the update, `[E]`, is returned, with `buffers=` also the new buffers. `kwargs`
-        go to the model. The first call is computed once without the compiler, where errors are the model's own.
+        go to the model. A parameter that a batch does not use has a gradient of zero. The first call is computed once
+        without the compiler too, where errors are the model's own: torch's global random state is that of one call.
+        With a loop, or a `chunk_size`, the members are gone through in parts, and `prepare` is called before, once.
 
     Raises:
         TypeError, ValueError: here, for arguments of the wrong kind; by `step`, where the optimiser holds tensors that
@@ -157,8 +162,10 @@ class TrainStep:
         """The loss of each member, `[E]`, before `params` are updated; with `buffers`, also the new ones."""
         gradients, losses, new = self.gradients(params, *batch, buffers=buffers, **kwargs)
         tensors = {**params.shared, **params.stacked}
-        for name, gradient in gradients.items():
-            tensors[name].grad = gradient
+        places = set()
+        for name, gradient in gradients.items():  # two may be one tensor (of a + b), which a hook could clip twice
+            tensors[name].grad = gradient.clone() if gradient.data_ptr() in places else gradient
+            places.add(gradient.data_ptr())
         try:
             self._optimizer.step()
         finally:
@@ -171,14 +178,13 @@ class TrainStep:
     ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """What a step computes before it updates: by name the gradients, and the losses `[E]` and new buffers."""
         trained, fixed = self._split(params)
-        new = None if buffers is None else dict(buffers)
         plan = self._forward.compiled_plan(params) if self._compiles else self._forward.plan
         size = 1 if plan.strategy == "loop" else plan.chunk_size or params.E
         with torch.no_grad():  # torch.func takes the gradients: autograd has nothing to record
             if size >= params.E or plan.randomness != "different":
-                return self._run(params.E, trained, fixed, new, batch, kwargs)
+                return self._run(params.E, trained, fixed, buffers, batch, kwargs, False)
             E = self._forward.check(params, buffers)  # whole, since a part does not show what is too long
-            return self._in_parts(size, E, trained, fixed, new, batch, kwargs)
+            return self._in_parts(size, E, trained, fixed, buffers, batch, kwargs)
 
     def _split(self, params: EnsembleParams) -> tuple[EnsembleParams, EnsembleParams]:
         """The parameters that the optimiser trains, and the others."""
@@ -186,6 +192,10 @@ class TrainStep:
             raise TypeError(f"params: expected EnsembleParams, got {type(params).__name__}")
         mine = {id(tensor) for group in self._optimizer.param_groups for tensor in group["params"]}
         names = {id(tensor): name for part in params for name, tensor in part.items()}
+        if len(names) != len(params.shared) + len(params.stacked):
+            raise ValueError(
+                "params: one tensor has two names; tied parameters have one, as named_parameters() gives it"
+            )
         strange = len(mine - names.keys())
         if strange:
             raise ValueError(
@@ -207,32 +217,47 @@ class TrainStep:
         E: int,
         trained: EnsembleParams,
         fixed: EnsembleParams,
-        buffers: dict[str, Tensor] | None,
+        buffers: Mapping[str, Tensor] | None,
         batch: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Any:
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """The gradients of `size` members at a time: in memory is what these need, and one graph serves all parts."""
-
-        def cut(tensors: Any, start: int) -> Any:
-            return tree_map(lambda x: x[start : start + size] if isinstance(x, Tensor) else x, tensors)
-
+        batch = self._prepared(batch)  # once: it may draw random numbers, and its index may be one for all members
+        inputs, form = take_apart((batch, kwargs))
         if self._forward.member_inputs:
-            check_member_axis(take_apart((batch, kwargs))[0], E)
-        gradients: dict[str, list[Tensor]] = {}
-        losses, new = [], []
+            check_member_axis(inputs, E)
+        gradients = {name: torch.empty_like(tensor) for name, tensor in trained.stacked.items()}
+        losses: list[Tensor] = []
+        new = {name: torch.empty_like(buffer) for name, buffer in (buffers or {}).items()}
         for start in range(0, E, size):
-            mine = (params._replace(stacked=cut(params.stacked, start)) for params in (trained, fixed))
-            given = cut((batch, kwargs), start) if self._forward.member_inputs else (batch, kwargs)
-            some, loss, states = self._run(E, *mine, cut(buffers, start), *given)
-            for name, gradient in some.items():
-                if name in trained.shared and name in gradients:
-                    gradients[name][0] += gradient
-                else:
-                    gradients.setdefault(name, []).append(gradient)
-            losses.append(loss)
-            new.append(states)
-        whole = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in gradients.items()}
-        return whole, torch.cat(losses), {name: torch.cat([states[name] for states in new]) for name in new[0]}
+            part = slice(start, start + size)
+            mine = (
+                params._replace(stacked={name: stack[part] for name, stack in params.stacked.items()})
+                for params in (trained, fixed)
+            )
+            states = None if buffers is None else {name: buffer[part] for name, buffer in buffers.items()}
+            given = form.rebuild(iter(x[part] if self._forward.member_inputs else x for x in inputs))
+            some, loss, states = self._run(E, *mine, states, *given, True)
+            # Copies: what a part returns may be shared, or be memory that the next part writes to (CUDA graphs).
+            losses.append(loss.clone())
+            for whole, parts in ((gradients, some), (new, states)):
+                for name, value in parts.items():
+                    if name not in trained.shared:
+                        whole[name][part] = value
+                    elif name in whole:
+                        whole[name] += value
+                    else:
+                        whole[name] = value.clone()
+        return gradients, torch.cat(losses), new
+
+    def _prepared(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The inputs of the model, and then the target."""
+        if self._prepare is not None:
+            batch = self._prepare(*batch)
+        if not isinstance(batch, tuple) or not batch:
+            where = "the batch" if self._prepare is None else "prepare: the batch that it returns"
+            raise TypeError(f"{where}: expected the inputs of the model and then the target, a tuple, got {batch!r}")
+        return batch
 
     def _run(self, *arguments: Any) -> Any:
         """`_gradients`, by the compiler where that is wanted and works."""
@@ -243,11 +268,12 @@ class TrainStep:
         E: int,
         trained: EnsembleParams,
         fixed: EnsembleParams,
-        buffers: dict[str, Tensor] | None,
+        buffers: Mapping[str, Tensor] | None,
         batch: tuple[Any, ...],
         kwargs: dict[str, Any],
+        prepared: bool,
     ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-        *inputs, target = batch if self._prepare is None else self._prepare(*batch)
+        *inputs, target = batch if prepared else self._prepared(batch)
 
         def total(trained: EnsembleParams) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
             params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
@@ -262,17 +288,19 @@ class TrainStep:
 
     def _start(self, arguments: tuple[Any, ...]) -> Any:
         """The first call: once as it is, for the model's own errors and the choice of a strategy, and then compiled."""
-        before = RandomState.of(arguments[1])
+        tensors = take_apart(arguments)[0]
+        before = RandomState.of(tensors)
         plain = self._gradients(*arguments)
-        after = RandomState.of(arguments[1])
+        after = RandomState.of(tensors)
         before.restore()
-        self._first = False
         compiled = torch.compile(
             MethodType(_with_own_code(TrainStep._gradients), self), **self._options_for(arguments[1])
         )
         try:
             result = compiled(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it has just been computed, so the error is the compiler's
             if self._options.get("fullgraph") and not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
                 raise
             reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
@@ -280,6 +308,7 @@ class TrainStep:
             after.restore()
             self._compiles = False
             return plain
+        self._first = False
         self._compute = compiled
         return result
 
@@ -303,10 +332,13 @@ class TrainStep:
 
 
 # What torch.compile would look at before every call, and never finds changed: what a forward has made for itself, and
-# the code of this package and of torch. There are a thousand such guards, which take longer than a small step.
+# the code of this module, this package and torch. A thousand such guards take longer than a small step does.
+# Not among them: the user's model, its classes, and the functions that it keeps, which its template shares.
 _FIXED = re.compile(
-    r"\._forward\._(expected|norms|convolutions|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
-    r"|^G\['(?!__)|^G\['__(import_(torch|functorch_ens|einops|contextlib)|builtins)|^__import__\("
+    r"^self\._forward\._(expected|convolutions|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
+    r"(?!.*__(closure|code|defaults|kwdefaults|globals|func|self)__)"
+    rf"|^G\['({'|'.join(name for name in globals() if not name.startswith('__'))})'\]"
+    r"|^G\['__(import_(torch|functorch_ens|einops|contextlib)(_dot_\w+)?|builtins_dict_\w*)'\]|^__import__\('torch'\)"
 )
 
 

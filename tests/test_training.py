@@ -328,6 +328,122 @@ def test_a_compiled_step_is_that_of_its_own_model_mode_and_loss() -> None:
         assert not torch.allclose(results[0][0][1], results[0][1][1])
 
 
+class _Scaled(nn.Module):
+    """Reads what a compiled step must not take for fixed: an attribute of its class, and a function that it keeps."""
+
+    factor = 1.0
+
+    def __init__(self, box: list[float]) -> None:
+        super().__init__()
+        self.layer, self.norm, self.function = nn.Linear(3, 2), nn.BatchNorm1d(2), lambda x: x * box[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.norm(self.layer(x))) * self.factor
+
+
+def test_a_compiled_step_sees_what_the_user_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    box = [1.0]
+    model = _Scaled(box).double()
+    model.norm.eval()
+    params, x, y = fe.ensemble_params(model, 2), randn(5, 3), randn(5, 2)
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    step, plain = (
+        fe.make_train_step(fe.make_forward(model), F.mse_loss, optimizer, compile=compile)
+        for compile in ({"backend": "eager", "fullgraph": True}, False)
+    )
+    seen = []
+
+    def same() -> None:
+        assert_same(step.gradients(params, x, y), plain.gradients(params, x, y))
+        seen.append(step.gradients(params, x, y)[1].sum().item())
+
+    same()
+    monkeypatch.setattr(_Scaled, "factor", 2.0)
+    same()
+    box[0] = 3.0
+    same()
+    assert len(set(seen)) == 3
+    model.norm.train()
+    with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="buffers: got None"):
+        step.gradients(params, x, y)
+
+
+def test_shared_parameters_whose_gradients_are_one_tensor() -> None:
+    """An LSTM adds its two biases, and goes by the loop: the parts are added up for each of them once."""
+    model = nn.LSTM(3, 2, batch_first=True).double()
+    params, forward = fe.batchensemble_params(model, 5), fe.make_forward(model)
+    x, y = randn(7, 4, 3), randn(7, 4, 2)
+
+    def loss(output: Any, y: Tensor) -> Tensor:
+        return F.mse_loss(output[0], y)
+
+    step = fe.make_train_step(forward, loss, torch.optim.SGD(tree_leaves(params)), compile=False)
+    torch.stack([F.mse_loss(each, y) for each in forward(params, x)[0]]).sum().backward()
+    got = step.gradients(params, x, y)[0]
+    assert_same(got, {name: {**params.shared, **params.stacked}[name].grad for name in got})
+
+
+def test_one_tensor_is_not_the_gradient_of_two_parameters() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.a, self.b = (nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + (self.a + self.b)
+
+    model = Added().double()
+    params = fe.batchensemble_params(model, 2)
+    optimizer = torch.optim.SGD(tree_leaves(params), lr=0.1)
+    places: list[int] = []
+
+    def look(*_: Any) -> None:
+        places.extend(tensor.grad.data_ptr() for tensor in tree_leaves(params))
+
+    optimizer.register_step_pre_hook(look)
+    fe.make_train_step(fe.make_forward(model), F.mse_loss, optimizer, compile=False)(params, randn(5, 3), randn(5, 2))
+    assert len(places) == len(set(places)) == len(tree_leaves(params))
+
+
+def test_a_loss_that_the_compiler_refuses_is_computed_without(caplog: pytest.LogCaptureFixture) -> None:
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return F.mse_loss(output, y)
+
+    model, x, y = nn.Linear(3, 2), torch.ones(5, 3), torch.ones(5, 2)
+    params = fe.ensemble_params(model, 2)
+    make = partial(fe.make_train_step, fe.make_forward(model), loss, torch.optim.SGD(tree_leaves(params), lr=0.0))
+    step = make(compile={"backend": "eager"})
+    assert_same(step(params, x, y), step(params, x, y))
+    assert sum("training goes on without it" in record.message for record in caplog.records) <= 1
+    whole = make(compile={"backend": "eager", "fullgraph": True})
+    for _ in range(2):
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            whole(params, x, y)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_a_batch_is_prepared_once_for_all_parts(chunk_size: int | None) -> None:
+    """An index that all members share picks each member's own data; noise is the same in parts as whole."""
+    model = nn.Linear(3, 2).double()
+    x, y, index = randn(3, 9, 3), randn(3, 9, 2), torch.tensor([1, 5, 7])
+    params = fe.ensemble_params(model, 3)
+    forward = fe.make_forward(model, chunk_size=chunk_size, member_inputs=True)
+    calls = []
+
+    def prepare(index: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(index)
+        return x[:, index], y[:, index]
+
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    step = fe.make_train_step(forward, F.mse_loss, optimizer, prepare=prepare, compile=False)
+    got = step.gradients(params, index)
+    whole = fe.make_train_step(fe.make_forward(model, member_inputs=True), F.mse_loss, optimizer, compile=False)
+    assert_same(got, whole.gradients(params, x[:, index], y[:, index]))
+    assert len(calls) == 1
+
+
 def test_dropout_differs_from_step_to_step_and_the_seed_repeats_it() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
 
@@ -419,6 +535,16 @@ def test_bad_arguments() -> None:
         with pytest.raises(error, match=message):
             fe.make_train_step(forward, F.mse_loss, optimizer, **options)
     step = fe.make_train_step(forward, F.mse_loss, optimizer, compile=False)
+    with pytest.raises(TypeError, match=r"the batch: expected the inputs .* got \(\)"):
+        step(params)
+    with pytest.raises(TypeError, match=r"prepare: the batch that it returns: expected .* a tuple, got tensor"):
+        fe.make_train_step(forward, F.mse_loss, optimizer, prepare=lambda x: x, compile=False)(params, x)
+    with pytest.raises(TypeError, match="buffers: expected a dict"):
+        step(params, x, y, buffers=3)  # type: ignore[arg-type]  # that is the test
+    with pytest.raises(TypeError, match=r"loss: expected a tensor, got 1.0"):
+        fe.member_losses(lambda output, y: 1.0, torch.ones(2, 5, 3), y)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match="params: one tensor has two names"):
+        step(params._replace(stacked={**params.stacked, "again": params.stacked["bias"]}), x, y)
     with pytest.raises(ValueError, match="the optimizer trains 2 of its 2 tensors elsewhere"):
         step(_copy(params), x, y)
     with pytest.raises(TypeError, match="params: expected EnsembleParams, got dict"):
