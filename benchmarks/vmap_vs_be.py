@@ -377,7 +377,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="the small MLPs alone, 3 rounds, no growth with E and B")
     add("--members", type=positive, metavar="E", help="members of an ensemble (default: what the case says)")
     add("--batch-size", type=positive, metavar="B", help="rows of a batch (default: what the case says)")
-    add("--rounds", type=positive, metavar="N", help="rounds of measurement (default: 11)")
+    add("--rounds", type=positive, metavar="N", help="rounds of measurement (default: 5)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
     add("--json", type=Path, default=Path("vmap_vs_be.json"), metavar="FILE", help="default: %(default)s")
     add("--png", type=Path, default=Path("vmap_vs_be.png"), metavar="FILE", help="default: %(default)s")
@@ -388,7 +388,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if not path.parent.is_dir():
             parser.error(f"--json, --png: there is no folder {path.parent}")
     args.case = args.case or list(QUICK if args.quick else CASES)
-    args.rounds = args.rounds or (3 if args.quick else 11)
+    args.rounds = args.rounds or (3 if args.quick else 5)
     return args
 
 

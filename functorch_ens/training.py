@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType, MethodType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch._dynamo
-import torch._inductor
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from functorch_ens.call import check_member_axis
 from functorch_ens.checks import check_option
+from functorch_ens.compiling import compiled_method
 from functorch_ens.forward import Forward
 from functorch_ens.params import EnsembleParams
 from functorch_ens.randomness import RandomState
@@ -293,9 +290,12 @@ class TrainStep:
         plain = self._gradients(*arguments)
         after = RandomState.of(tensors)
         before.restore()
-        compiled = torch.compile(
-            MethodType(_with_own_code(TrainStep._gradients), self), **self._options_for(arguments[1])
-        )
+        options = dict(self._options)
+        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+        if on_cpu and self._forward.compiled_plan(arguments[1]).strategy == "loop" and "backend" not in options:
+            # A weight that serves one member's rows is not worth a change of its layout before each convolution.
+            options["options"] = {"layout_optimization": False, **(options.get("options") or {})}
+        compiled = compiled_method(self._gradients, options)
         try:
             result = compiled(*arguments)
         except torch.OutOfMemoryError:
@@ -311,40 +311,6 @@ class TrainStep:
         self._first = False
         self._compute = compiled
         return result
-
-    def _options_for(self, trained: EnsembleParams) -> dict[str, Any]:
-        """Those of torch.compile: what was given, and what is known to be faster."""
-        options = dict(self._options)
-        extra = dict(options.pop("options", None) or {})
-        if mode := options.pop("mode", None):  # torch.compile takes a mode or options, but a mode is a name for some
-            extra = {**torch._inductor.list_mode_options(mode, options.get("dynamic")), **extra}
-        on_cpu = all(tensor.device.type == "cpu" for tensor in tree_leaves(trained))
-        if on_cpu and self._forward.compiled_plan(trained).strategy == "loop" and "backend" not in options:
-            # A weight that serves one member's rows is not worth a change of its layout before each convolution.
-            extra.setdefault("layout_optimization", False)
-        theirs = extra.get("guard_filter_fn", lambda guards: [True] * len(guards))
-
-        def needed(guards: Sequence[Any]) -> list[bool]:
-            kept = zip(guards, theirs(guards), strict=True)
-            return [keep and not _FIXED.search(guard.name) for guard, keep in kept]
-
-        return {**options, "options": {**extra, "guard_filter_fn": needed}}
-
-
-# What torch.compile would look at before every call, and never finds changed: what a forward has made for itself, and
-# the code of this module, this package and torch. A thousand such guards take longer than a small step does.
-# Not among them: the user's model, its classes, and the functions that it keeps, which its template shares.
-_FIXED = re.compile(
-    r"^self\._forward\._(expected|convolutions|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
-    r"(?!.*__(closure|code|defaults|kwdefaults|globals|func|self)__)"
-    rf"|^G\['({'|'.join(name for name in globals() if not name.startswith('__'))})'\]"
-    r"|^G\['__(import_(torch|functorch_ens|einops|contextlib)(_dot_\w+)?|builtins_dict_\w*)'\]|^__import__\('torch'\)"
-)
-
-
-def _with_own_code(function: Any) -> Any:
-    """A copy of `function`: what torch.compile makes is kept by code, and without guards one model is like another."""
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def _with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -1,0 +1,41 @@
+"""torch.compile for a method of an object that holds a forward, with less to look at before every call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+import torch._inductor
+
+# What torch.compile would look at before every call, and never finds changed: what a forward has made for itself, and
+# the code of this package and of torch. A thousand such guards take longer than a small step does. Not among them: the
+# user's model, its classes, and the functions that it keeps, which its template shares.
+_FIXED = (
+    r"^self\._forward\._(expected|convolutions|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
+    r"(?!.*__(closure|code|defaults|kwdefaults|globals|func|self)__)"
+    r"|^G\['__(import_(torch|functorch_ens|einops|contextlib)(_dot_\w+)?|builtins_dict_\w*)'\]|^__import__\('torch'\)"
+)
+
+
+def compiled_method(method: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """`method`, of an object with a `_forward`, by torch.compile with `options`."""
+    bound: Any = method
+    function = bound.__func__
+    names = "|".join(name for name in function.__globals__ if not name.startswith("__"))
+    fixed = re.compile(rf"{_FIXED}|^G\['({names})'\]")
+    rest = dict(options)
+    extra = dict(rest.pop("options", None) or {})
+    if mode := rest.pop("mode", None):  # torch.compile takes a mode or options, but a mode is a name for some
+        extra = {**torch._inductor.list_mode_options(mode, rest.get("dynamic")), **extra}
+    theirs = extra.get("guard_filter_fn", lambda guards: [True] * len(guards))
+
+    def needed(guards: Sequence[Any]) -> list[bool]:
+        return [keep and not fixed.search(guard.name) for guard, keep in zip(guards, theirs(guards), strict=True)]
+
+    # torch.compile keeps what it makes by the code that it is made from. Without these guards it could not tell one
+    # object from another, so each has code of its own.
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(MethodType(own, bound.__self__), **rest, options={**extra, "guard_filter_fn": needed})
