@@ -19,19 +19,28 @@ from functorch_ens.rank1 import Layout, Rank1
 SIDES = ("auto", "activation", "weight")
 """Where a layer multiplies its `s` in: what enters it, its weight, or whichever is cheaper."""
 
+FEW = 2**14
+"""In eager mode, inputs of fewer numbers are not worth the call of an operator from Python."""
+
 _LIBRARY = torch.library.Library("functorch_ens", "FRAGMENT")
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """A linear layer without its bias: `x` `[B, I]` or `[I]` and `weight` `[O, I]` to `[B, O]` or `[O]`."""
-    if not torch.compiler.is_compiling() and (_is_own(x) or not _is_own(weight)):
+    if not _is_choice(x, weight):
         return F.linear(x, weight)
     return torch.ops.functorch_ens.product(x, weight)
 
 
-def _is_own(tensor: Tensor) -> bool:
-    """Whether vmap has it as each member's own; asked in eager mode alone, for a compiler cannot trace the question."""
-    return torch._C._functorch.is_batchedtensor(tensor)
+def _is_choice(x: Tensor, own: Tensor) -> bool:
+    """Whether a rule may choose between ways: where vmap has `x` as one for all members, and `own` as each its own.
+
+    A compiler cannot trace the question, and calls the operator in any case: there it costs nothing.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    is_own = torch._C._functorch.is_batchedtensor
+    return x.numel() >= FEW and is_own(own) and not is_own(x)
 
 
 def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
@@ -49,7 +58,7 @@ def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w
 
 def scaled(x: Tensor, weight: Rank1) -> tuple[Tensor, Tensor]:
     """The input `[..., in, *spatial]` of a layer and its weight, one of them times `s`; their product is the same."""
-    if not torch.compiler.is_compiling() and (_is_own(x) or not _is_own(weight.s)):
+    if not _is_choice(x, weight.s):
         return _times(x, weight.s, weight.weight.ndim - 2), weight.weight
     groups, transposed = weight.layout
     return torch.ops.functorch_ens.scaled(x, weight.weight, weight.s, groups, transposed, weight.side)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,18 @@ from torch import Tensor, nn
 from torch.func import grad, hessian, jvp, vmap
 
 import functorch_ens as fe
+from functorch_ens import products
 from functorch_ens.products import SIDES, product, scaled
 from functorch_ens.rank1 import Layout, Rank1
 
 sizes = st.integers(1, 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def choose_for_small_inputs_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "FEW", 0)
+        yield
 
 
 def _one_by_one(function: Any, in_dims: tuple[int | None, ...], E: int, *tensors: Tensor) -> Tensor:
@@ -158,6 +167,20 @@ def test_transforms_look_through(rows: int) -> None:
         return members(s).sin().sum()
 
     assert_same(compile_whole(grad(total))(s), grad(lambda s: plain(s).sin().sum())(s))
+
+
+def test_small_inputs_are_left_to_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def operator(x: Tensor, weight: Tensor) -> Tensor:
+        called.append(x.shape)
+        return x
+
+    monkeypatch.setattr(products, "FEW", 100)
+    monkeypatch.setattr(torch.ops.functorch_ens, "product", operator)
+    for rows in (9, 10):
+        vmap(lambda weight, x: product(x, weight), in_dims=(0, None))(randn(2, 4, 10), randn(rows, 10))
+    assert called == [(10, 10)]
 
 
 @pytest.mark.parametrize("side", SIDES)

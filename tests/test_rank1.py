@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from zoo import Matrices
 
 import functorch_ens as fe
+from functorch_ens import products
 from functorch_ens.products import SIDES
 from functorch_ens.rank1 import Rank1, layout_of, rule_of
 
@@ -37,9 +38,10 @@ def _without_rule(layer: nn.Module) -> nn.Module:
     init=inits,
     dtype=st.sampled_from([torch.float64, torch.float32]),
     side=st.sampled_from(SIDES),
+    few=st.sampled_from([0, products.FEW]),
 )
 def test_fast_rules_equal_the_oracle_and_the_fallback(
-    case: Case, E: int, init: str, dtype: torch.dtype, side: str
+    case: Case, E: int, init: str, dtype: torch.dtype, side: str, few: int
 ) -> None:
     case = case.to(dtype)
     params = fe.batchensemble_params(case.model, E, init=init)
@@ -50,7 +52,9 @@ def test_fast_rules_equal_the_oracle_and_the_fallback(
         assert_same(forward(params, *case.args), want)
         assert_same(gradients(forward, params, *case.args), want_gradients)
 
-    check(fe.make_forward(case.model, strategy="vmap", rank1_side=side))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "FEW", few)
+        check(fe.make_forward(case.model, strategy="vmap", rank1_side=side))
     check(fe.make_forward(case.model, strategy="loop", rank1_side=side))
     _without_rule(case.model)
     check(fe.make_forward(case.model, strategy="loop"))
