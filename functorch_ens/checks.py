@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def check_positive_int(value: Any, argument: str) -> int:
@@ -54,3 +55,13 @@ def check_keys(given: Collection[str], expected: Collection[str], argument: str)
     unexpected = [key for key in given if key not in expected]
     if missing or unexpected:
         raise ValueError(f"{argument}: the names do not fit the model: missing {missing}, unexpected {unexpected}")
+
+
+def check_of_members(value: Any, E: int | None, argument: str) -> Tensor:
+    """`value`, one for each member: TypeError where it is no tensor, ValueError where it is not `[E, ...]`."""
+    wanted = "[E, ...]" if E is None else f"[{E}, ...]"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a tensor {wanted}, one for each member, got {value!r}")
+    if value.ndim == 0 or (E is not None and value.shape[0] != E):
+        raise ValueError(f"{argument}: expected {wanted}, one for each member, got the shape {list(value.shape)}")
+    return value

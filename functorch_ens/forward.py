@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -151,6 +152,10 @@ class Forward:
                 return self._compute(call)
             finally:
                 call.check_parameters()
+
+    def mode(self, *, training: bool) -> AbstractContextManager[None]:
+        """For a `with` block: the model in training mode, or in eval mode, whatever it is in outside."""
+        return self._template.mode(training)
 
     def check(self, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> int:
         """The number of members; TypeError or ValueError, as a call raises it, where these do not fit the model."""

@@ -82,6 +82,18 @@ class Template:
         """Which modules of the model are in training mode."""
         return [module.training for module, _ in self._pairs]
 
+    @contextmanager
+    def mode(self, training: bool) -> Iterator[None]:
+        """The model in training mode, or not; afterwards each module of it as it was."""
+        before = self.modes()
+        try:
+            for module, _ in self._pairs:
+                module.training = training
+            yield
+        finally:
+            for (module, _), was in zip(self._pairs, before, strict=True):
+                module.training = was
+
     def follow(self, modes: list[bool]) -> None:
         """Take over which modules are in training mode."""
         for (_, own), mode in zip(self._pairs, modes, strict=True):

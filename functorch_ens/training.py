@@ -1,71 +1,29 @@
-"""Training over the member axis: the loss of every member, and a compiled step of gradients and optimiser."""
+"""A step of training for all members at once: gradients, compiled, and any optimiser of torch.optim."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import grad
 from torch.optim import Optimizer
 
 from functorch_ens.call import check_member_axis
-from functorch_ens.checks import check_option
+from functorch_ens.checks import check_number, check_option, check_positive_int
 from functorch_ens.compiling import compiled_method
 from functorch_ens.forward import Forward
+from functorch_ens.losses import check_values, member_losses
+from functorch_ens.optimisers import Trained, clipped, use_fused_kernels, with_strides_of
 from functorch_ens.params import EnsembleParams
 from functorch_ens.randomness import RandomState
 from functorch_ens.trees import take_apart
 
 log = logging.getLogger(__name__)
-
-# The devices that have fused kernels for those optimisers of torch.optim that take `fused`.
-_FUSED_DEVICES = ("cpu", "cuda")
-
-
-def member_losses(loss: Callable[..., Tensor], outputs: Any, *targets: Any, member_targets: bool = False) -> Tensor:
-    """The loss of each member, `[E]`, by the ordinary `loss` of one network, without a Python loop.
-
-    >>> import torch, functorch_ens as fe
-    >>> logits, y = torch.zeros(5, 7, 3), torch.zeros(7, dtype=torch.long)
-    >>> fe.member_losses(torch.nn.functional.cross_entropy, logits, y).shape
-    torch.Size([5])
-
-    Args:
-        loss: `loss(output_of_one_member, *targets)`, a scalar.
-        outputs: what a forward returned: `[E, B, C]`, or any pytree or dataclass of tensors `[E, ...]`.
-        targets: for every member the same, `[B, ...]`; any pytrees.
-        member_targets: True where every target is `[E, B, ...]`, member i's being `[i]`.
-
-    Raises:
-        ValueError: a tensor in `outputs` (or, with `member_targets`, in `targets`) has another leading axis than the
-            first, or `loss` returns more than one number for a member.
-    """
-    stacked, form = take_apart(outputs)
-    given, target_form = take_apart(targets)
-    axis = stacked + given if member_targets else stacked
-    if len({tuple(tensor.shape[:1]) for tensor in axis}) != 1 or axis[0].ndim == 0:
-        raise ValueError(
-            "outputs: expected tensors with one leading member axis [E, ...], got the shapes "
-            f"{[list(tensor.shape) for tensor in axis]}"
-        )
-
-    def of_one(output: list[Tensor], target: list[Tensor]) -> Tensor:
-        value: Any = loss(form.rebuild(iter(output)), *target_form.rebuild(iter(target)))
-        if not isinstance(value, Tensor):
-            raise TypeError(f"loss: expected a tensor, got {value!r}")
-        return value
-
-    losses = vmap(of_one, in_dims=(0, 0 if member_targets else None), randomness="different")(stacked, given)
-    if losses.ndim != 1:
-        raise ValueError(
-            f"loss: expected one number for a member, got a tensor of shape {list(losses.shape[1:])}; "
-            'reduce it, as reduction="mean" does in torch.nn.functional'
-        )
-    return losses
 
 
 def make_train_step(
@@ -75,6 +33,11 @@ def make_train_step(
     *,
     reduction: str = "sum",
     prepare: Callable[..., tuple[Any, ...]] | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    clip_norm: float | None = None,
+    clip_by: str = "member",
+    accumulate: int = 1,
+    autocast: torch.dtype | None = None,
     compile: bool | Mapping[str, Any] = True,
 ) -> TrainStep:
     """A step of training for all members at once: gradients, optimiser and buffers; the gradients compiled.
@@ -91,14 +54,23 @@ def make_train_step(
     Args:
         forward: from `make_forward`; with `member_inputs=True` the targets are `[E, B, ...]` too.
         loss: `loss(output_of_one_member, y)`, the ordinary loss of one network, a scalar (`F.cross_entropy`).
-        optimizer: any of `torch.optim` over tensors of the parameters that are trained, all or some of them; it is
-            only asked for `step()`, so schedulers work as ever. Groups that leave `fused` open get it where torch has
-            a fused kernel for them.
+        optimizer: any of `torch.optim` over tensors of the parameters that are trained, all or some of them, or over
+            the groups of `param_groups`; it is only asked for `step()`, so schedulers work as ever. Groups that leave
+            `fused` open get it where torch has a fused kernel for them.
         reduction: of the members' losses, for the gradients. `"sum"`: every member of a classic ensemble learns as it
             would alone. `"mean"`: the usual loss of a BatchEnsemble; r and s then get 1/E of the gradient.
         prepare: what is done with a batch first, inside the compiled graph: `prepare(*batch)` returns the inputs of
             the model and then the target. With the data held on the device and an index as the batch,
             `lambda i: (images[i].float() / 255, labels[i])`.
+        values: keyword arguments of `loss` of which each member has its own, `{name: [E, ...]}`, as `member_losses`
+            takes them.
+        clip_norm: the largest norm of the gradients; larger ones are scaled down to it.
+        clip_by: what has this norm: `"member"`, the gradients of each member, as it would be alone, and together those
+            of what all share; or `"ensemble"`, all of them together.
+        accumulate: go through a batch in so many equal parts, and average their gradients: the memory is that of one
+            part. Tensors of the batch are cut along the axis B; `kwargs` go to each part whole.
+        autocast: the lower precision, `torch.bfloat16`, of the forward and the loss; parameters and gradients keep
+            theirs.
         compile: True compiles; a dict holds options for `torch.compile` (`{"mode": "reduce-overhead"}`, CUDA graphs);
             False does not. Where no compiler works, or not for this model, a warning says so, and the step goes on
             without.
@@ -109,10 +81,12 @@ def make_train_step(
         go to the model. A parameter that a batch does not use has a gradient of zero. The first call is computed once
         without the compiler too, where errors are the model's own: torch's global random state is that of one call.
         With a loop, or a `chunk_size`, the members are gone through in parts, and `prepare` is called before, once.
+        `step.stop(2)` ends the training of member 2 of a classic ensemble; the others go on.
 
     Raises:
         TypeError, ValueError: here, for arguments of the wrong kind; by `step`, where the optimiser holds tensors that
-            are not in `params`, where `loss` gives more than a number, and as `forward` does.
+            are not in `params`, where `loss` gives more than a number, where a label is out of range, and as `forward`
+            does.
     """
     if not isinstance(forward, Forward):
         raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {forward!r}")
@@ -125,127 +99,212 @@ def make_train_step(
     check_option(reduction, ("sum", "mean"), "reduction")
     if prepare is not None and not callable(prepare):
         raise TypeError(f"prepare: expected a function of the batch, got {prepare!r}")
+    for name, value in check_values(values).items():
+        check_option(value.requires_grad, (False,), f"values[{name!r}].requires_grad")
+    if clip_norm is not None and not check_number(clip_norm, "clip_norm", minimum=0.0):
+        raise ValueError(f"clip_norm: expected a number > 0, got {clip_norm!r}")
+    check_option(clip_by, ("member", "ensemble"), "clip_by")
+    check_option(autocast, (None, torch.bfloat16), "autocast")
     if not isinstance(compile, bool | Mapping):
         raise TypeError(f"compile: expected True, False or options of torch.compile, got {compile!r}")
-    return TrainStep(forward, loss, optimizer, reduction, prepare, compile)
+    return TrainStep(
+        forward,
+        loss,
+        optimizer,
+        reduction=reduction,
+        prepare=prepare,
+        values=dict(values or {}),
+        clip=None if clip_norm is None else (float(clip_norm), clip_by),
+        accumulate=check_positive_int(accumulate, "accumulate"),
+        autocast=autocast,
+        compile=compile,
+    )
+
+
+class _Work(NamedTuple):
+    """What gradients are computed of: parameters, and a batch."""
+
+    trained: EnsembleParams
+    fixed: EnsembleParams
+    buffers: Mapping[str, Tensor] | None
+    values: dict[str, Tensor]
+    batch: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def part(self, of: Callable[[dict[str, Tensor]], dict[str, Tensor]], batch: Any, kwargs: Any) -> _Work:
+        """For some of the members: their part `of` every dict of stacks, and what they are called with."""
+        trained, fixed = (params._replace(stacked=of(params.stacked)) for params in (self.trained, self.fixed))
+        buffers = None if self.buffers is None else of(dict(self.buffers))
+        return _Work(trained, fixed, buffers, of(self.values), batch, kwargs)
+
+
+class Gradients(NamedTuple):
+    """What a train step computes before it updates."""
+
+    gradients: dict[str, Tensor]
+    """By the name of the parameter."""
+    losses: Tensor
+    """The loss of each member, `[E]`."""
+    buffers: dict[str, Tensor]
+    """The new ones, `{name: [E, ...]}`."""
 
 
 class TrainStep:
     """What `make_train_step` returns: call it as `step(params, *inputs, y, buffers=None, **kwargs)`."""
+
+    optimizer: Optimizer
+    """The one it was made with."""
 
     def __init__(
         self,
         forward: Forward,
         loss: Callable[..., Tensor],
         optimizer: Optimizer,
+        *,
         reduction: str,
         prepare: Callable[..., tuple[Any, ...]] | None,
+        values: dict[str, Tensor],
+        clip: tuple[float, str] | None,
+        accumulate: int,
+        autocast: torch.dtype | None,
         compile: bool | Mapping[str, Any],
     ) -> None:
+        self.optimizer = optimizer
         self._forward = forward
         self._loss = loss
-        self._optimizer = optimizer
         self._reduction = reduction
         self._prepare = prepare
+        self._values = values
+        self._clip = clip
+        self._accumulate = accumulate
+        self._autocast = autocast
+        self._stopped: set[int] = set()
+        self._known: tuple[list[Any], Trained] | None = None
         self._compute = self._gradients
         self._options = {} if compile is True or compile is False else dict(compile)
         self._compiles = compile is not False
         self._first = True
-        _use_fused_kernels(optimizer)
+        use_fused_kernels(optimizer)
 
     def __call__(
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """The loss of each member, `[E]`, before `params` are updated; with `buffers`, also the new ones."""
         gradients, losses, new = self.gradients(params, *batch, buffers=buffers, **kwargs)
-        tensors = {**params.shared, **params.stacked}
-        places = set()
-        for name, gradient in gradients.items():  # two may be one tensor (of a + b), which a hook could clip twice
-            tensors[name].grad = gradient.clone() if gradient.data_ptr() in places else gradient
-            places.add(gradient.data_ptr())
-        try:
-            self._optimizer.step()
-        finally:
-            for name in gradients:
-                tensors[name].grad = None
+        trained = self.trained(params)
+        if self._stopped:
+            if trained.params.shared:
+                raise ValueError(
+                    f"stop: members {sorted(self._stopped)} cannot stop alone, for all share trained tensors, such as "
+                    f"{next(iter(trained.params.shared))}"
+                )
+            if max(self._stopped) >= params.E:
+                raise ValueError(f"stop: expected members of {params.E}, got {sorted(self._stopped)}")
+            rows = sorted(self._stopped)
+            for name, buffer in new.items():
+                assert buffers is not None
+                buffer = new[name] = buffer.clone()
+                buffer[rows] = buffers[name][rows]
+        with trained.given(gradients, self._stopped):
+            self.optimizer.step()
         return losses if buffers is None else (losses, new)
+
+    def stop(self, *members: int) -> None:
+        """Train these no more: from here on their parameters, and the buffers that a step returns, stay as they are.
+
+        Raises: ValueError for a negative number; the next step, where members share trained tensors, or have no such
+            number. What an optimiser computes over a whole stack counts them still (`param_groups` parts them).
+        """
+        for member in members:
+            if isinstance(member, bool) or not isinstance(member, int) or member < 0:
+                raise ValueError(f"members: expected the numbers of members, from 0, got {member!r}")
+        self._stopped |= set(members)
+
+    @property
+    def stopped(self) -> tuple[int, ...]:
+        """The members that have been stopped."""
+        return tuple(sorted(self._stopped))
 
     def gradients(
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
-    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-        """What a step computes before it updates: by name the gradients, and the losses `[E]` and new buffers."""
-        trained, fixed = self._split(params)
-        plan = self._forward.compiled_plan(params) if self._compiles else self._forward.plan
-        size = 1 if plan.strategy == "loop" else plan.chunk_size or params.E
+    ) -> Gradients:
+        """What a step computes before it updates: the gradients, clipped, the losses `[E]` and the new buffers."""
+        trained = self.trained(params)
+        work = _Work(trained.params, trained.fixed, buffers, check_values(self._values, params.E), batch, kwargs)
         with torch.no_grad():  # torch.func takes the gradients: autograd has nothing to record
-            if size >= params.E or plan.randomness != "different":
-                return self._run(params.E, trained, fixed, buffers, batch, kwargs, False)
-            E = self._forward.check(params, buffers)  # whole, since a part does not show what is too long
-            return self._in_parts(size, E, trained, fixed, buffers, batch, kwargs)
+            found = self._accumulated(params, work)
+            if self._clip is None:
+                return found
+            return found._replace(gradients=clipped(found.gradients, params.stacked, *self._clip))
 
-    def _split(self, params: EnsembleParams) -> tuple[EnsembleParams, EnsembleParams]:
-        """The parameters that the optimiser trains, and the others."""
+    def trained(self, params: EnsembleParams) -> Trained:
+        """What the optimiser trains of `params`, looked up again where either has other tensors."""
         if not isinstance(params, EnsembleParams):
             raise TypeError(f"params: expected EnsembleParams, got {type(params).__name__}")
-        mine = {id(tensor) for group in self._optimizer.param_groups for tensor in group["params"]}
-        names = {id(tensor): name for part in params for name, tensor in part.items()}
-        if len(names) != len(params.shared) + len(params.stacked):
-            raise ValueError(
-                "params: one tensor has two names; tied parameters have one, as named_parameters() gives it"
-            )
-        strange = len(mine - names.keys())
-        if strange:
-            raise ValueError(
-                f"params: the optimizer trains {strange} of its {len(mine)} tensors elsewhere: they are not in these "
-                "params; make it from their tensors, tree_leaves(params)"
-            )
-        chosen = {names[i] for i in mine}
-        trained, fixed = (
-            EnsembleParams(
-                *({k: v for k, v in part.items() if (k in chosen and v.requires_grad) is keep} for part in params)
-            )
-            for keep in (True, False)
-        )
-        return trained, fixed
+        given = [(name, id(tensor), tensor.requires_grad) for part in params for name, tensor in part.items()]
+        held = [id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]]
+        if self._known is None or self._known[0] != [given, held]:
+            self._known = [given, held], Trained(self.optimizer, params)
+        return self._known[1]
 
-    def _in_parts(
-        self,
-        size: int,
-        E: int,
-        trained: EnsembleParams,
-        fixed: EnsembleParams,
-        buffers: Mapping[str, Tensor] | None,
-        batch: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    def _accumulated(self, params: EnsembleParams, work: _Work) -> Gradients:
+        """The mean of what the parts of a batch give, and the buffers after the last."""
+        if self._accumulate == 1:
+            return self._by_plan(params, work)
+        tensors, form = take_apart(work.batch)
+        axis = int(self._forward.member_inputs)
+        length = {tensor.shape[axis] if tensor.ndim > axis else None for tensor in tensors}
+        if len(length) != 1 or (size := length.pop()) is None or size % self._accumulate:
+            raise ValueError(
+                f"accumulate: expected tensors with one length that is a multiple of {self._accumulate} on axis {axis}"
+                f", got the shapes {[list(tensor.shape) for tensor in tensors]}"
+            )
+        total: Gradients | None = None
+        for some in zip(*(tensor.chunk(self._accumulate, axis) for tensor in tensors), strict=True):
+            batch, buffers = form.rebuild(iter(some)), work.buffers if total is None else total.buffers
+            found = self._by_plan(params, work._replace(batch=batch, buffers=work.buffers and buffers))
+            shares = {name: value / self._accumulate for name, value in found.gradients.items()}
+            losses = found.losses / self._accumulate
+            if total is not None:  # new tensors: what a part returns may be memory that the next one writes to
+                shares = {name: value + total.gradients[name] for name, value in shares.items()}
+                losses = losses + total.losses
+            total = Gradients(shares, losses, {name: buffer.clone() for name, buffer in found.buffers.items()})
+        assert total is not None
+        return total
+
+    def _by_plan(self, params: EnsembleParams, work: _Work) -> Gradients:
+        plan = self._forward.compiled_plan(params) if self._compiles else self._forward.plan
+        size = 1 if plan.strategy == "loop" else plan.chunk_size or params.E
+        if size >= params.E or plan.randomness != "different":
+            return self._run(params.E, work, False)
+        E = self._forward.check(params, work.buffers)  # whole, since a part does not show what is too long
+        return self._in_parts(size, E, work)
+
+    def _in_parts(self, size: int, E: int, work: _Work) -> Gradients:
         """The gradients of `size` members at a time: in memory is what these need, and one graph serves all parts."""
-        batch = self._prepared(batch)  # once: it may draw random numbers, and its index may be one for all members
-        inputs, form = take_apart((batch, kwargs))
+        batch = self._prepared(work.batch)  # once: it may draw random numbers, and its index may be one for all members
+        inputs, form = take_apart((batch, work.kwargs))
         if self._forward.member_inputs:
             check_member_axis(inputs, E)
-        gradients = {name: torch.empty_like(tensor) for name, tensor in trained.stacked.items()}
+        gradients = {name: torch.empty_like(tensor) for name, tensor in work.trained.stacked.items()}
         losses: list[Tensor] = []
-        new = {name: torch.empty_like(buffer) for name, buffer in (buffers or {}).items()}
+        new = {name: torch.empty_like(buffer) for name, buffer in (work.buffers or {}).items()}
         for start in range(0, E, size):
-            part = slice(start, start + size)
-            mine = (
-                params._replace(stacked={name: stack[part] for name, stack in params.stacked.items()})
-                for params in (trained, fixed)
-            )
-            states = None if buffers is None else {name: buffer[part] for name, buffer in buffers.items()}
-            given = form.rebuild(iter(x[part] if self._forward.member_inputs else x for x in inputs))
-            some, loss, states = self._run(E, *mine, states, *given, True)
+            rows = slice(start, start + size)
+            given = form.rebuild(iter(x[rows] if self._forward.member_inputs else x for x in inputs))
+            part = work.part(lambda stacks, rows=rows: {k: v[rows] for k, v in stacks.items()}, *given)  # type: ignore[misc]
+            some, loss, states = self._run(E, part, True)
             # Copies: what a part returns may be shared, or be memory that the next part writes to (CUDA graphs).
             losses.append(loss.clone())
             for whole, parts in ((gradients, some), (new, states)):
                 for name, value in parts.items():
-                    if name not in trained.shared:
-                        whole[name][part] = value
+                    if name not in work.trained.shared:
+                        whole[name][rows] = value
                     elif name in whole:
                         whole[name] += value
                     else:
                         whole[name] = value.clone()
-        return gradients, torch.cat(losses), new
+        return Gradients(gradients, torch.cat(losses), new)
 
     def _prepared(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """The inputs of the model, and then the target."""
@@ -256,34 +315,41 @@ class TrainStep:
             raise TypeError(f"{where}: expected the inputs of the model and then the target, a tuple, got {batch!r}")
         return batch
 
-    def _run(self, *arguments: Any) -> Any:
+    def _run(self, *arguments: Any) -> Gradients:
         """`_gradients`, by the compiler where that is wanted and works."""
-        return self._start(arguments) if self._compiles and self._first else self._compute(*arguments)
+        if self._compiles and self._first:
+            return self._start(arguments)
+        try:
+            return self._compute(*arguments)
+        except RuntimeError as error:
+            if self._compiles and "out of bounds" in str(error):
+                self._gradients(*arguments)  # which says what is
+            raise
 
-    def _gradients(
-        self,
-        E: int,
-        trained: EnsembleParams,
-        fixed: EnsembleParams,
-        buffers: Mapping[str, Tensor] | None,
-        batch: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        prepared: bool,
-    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    def _gradients(self, E: int, work: _Work, prepared: bool) -> Gradients:
+        trained, fixed, buffers, values, batch, kwargs = work
         *inputs, target = batch if prepared else self._prepared(batch)
 
         def total(trained: EnsembleParams) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
             params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
-            outputs = self._forward(params, *inputs, buffers=buffers, **kwargs)
-            outputs, new = (outputs, {}) if buffers is None else outputs
-            losses = member_losses(self._loss, outputs, target, member_targets=self._forward.member_inputs)
+            with self._precision(params.stacked.values()):
+                outputs = self._forward(params, *inputs, buffers=buffers, **kwargs)
+                outputs, new = (outputs, {}) if buffers is None else outputs
+                own = self._forward.member_inputs
+                losses = member_losses(self._loss, outputs, target, member_targets=own, values=values)
             return losses.sum() if self._reduction == "sum" else losses.sum() / E, (losses, new)
 
         slopes, (losses, new) = grad(total, has_aux=True)(trained)
         tensors, slopes = ({**params.shared, **params.stacked} for params in (trained, slopes))
-        return {name: _with_strides_of(tensors[name], slope) for name, slope in slopes.items()}, losses, new
+        laid_out = {name: with_strides_of(tensors[name], slope) for name, slope in slopes.items()}
+        return Gradients(laid_out, losses, new)
 
-    def _start(self, arguments: tuple[Any, ...]) -> Any:
+    def _precision(self, tensors: Iterable[Tensor]) -> Any:
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(next(iter(tensors)).device.type, dtype=self._autocast)
+
+    def _start(self, arguments: tuple[Any, ...]) -> Gradients:
         """The first call: once as it is, for the model's own errors and the choice of a strategy, and then compiled."""
         tensors = take_apart(arguments)[0]
         before = RandomState.of(tensors)
@@ -292,7 +358,7 @@ class TrainStep:
         before.restore()
         options = dict(self._options)
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-        if on_cpu and self._forward.compiled_plan(arguments[1]).strategy == "loop" and "backend" not in options:
+        if on_cpu and self._forward.compiled_plan(arguments[1].trained).strategy == "loop" and "backend" not in options:
             # A weight that serves one member's rows is not worth a change of its layout before each convolution.
             options["options"] = {"layout_optimization": False, **(options.get("options") or {})}
         compiled = compiled_method(self._gradients, options)
@@ -311,21 +377,3 @@ class TrainStep:
         self._first = False
         self._compute = compiled
         return result
-
-
-def _with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """`gradient` laid out as its parameter: Adam's fused kernel for CPUs goes wrong on any other, and says nothing."""
-    if parameter.is_contiguous():
-        return gradient.contiguous()
-    return torch.empty_like(parameter).copy_(gradient)
-
-
-def _use_fused_kernels(optimizer: Optimizer) -> None:
-    """Turn `fused` on where it was left open, as torch itself does not on a CPU."""
-    if optimizer.state:  # kept as the unfused step has begun it
-        return
-    for group in optimizer.param_groups:
-        open_to_it = "fused" in group and group["fused"] is None and not group["foreach"]
-        served = all(tensor.is_floating_point() and tensor.device.type in _FUSED_DEVICES for tensor in group["params"])
-        if open_to_it and served and not group.get("differentiable"):
-            group["fused"] = True

@@ -212,23 +212,6 @@ def test_inputs_and_targets_of_their_own_and_what_is_prepared_in_the_graph() -> 
         assert_same(fe.member_params(model, together, i), dict(alone.named_parameters()))
 
 
-def test_the_losses_of_an_output_that_is_a_tree() -> None:
-    logits, hidden = randn(3, 5, 4), randn(3, 5, 2)
-    outputs = {"logits": logits, "hidden": (hidden, None)}
-    y, weight = torch.randint(4, (5,)), randn(5).abs()
-
-    def loss(output: Any, y: Tensor, weight: Tensor) -> Tensor:
-        assert output["hidden"][1] is None
-        each = F.cross_entropy(output["logits"], y, reduction="none")
-        return (each * weight).sum() + output["hidden"][0].square().sum()
-
-    each = [loss({"logits": a, "hidden": (b, None)}, y, weight) for a, b in zip(logits, hidden, strict=True)]
-    assert_same(fe.member_losses(loss, outputs, y, weight), torch.stack(each))
-    many = torch.randint(4, (3, 5))
-    want = torch.stack([F.cross_entropy(logits[i], many[i]) for i in range(3)])
-    assert_same(fe.member_losses(F.cross_entropy, logits, many, member_targets=True), want)
-
-
 @given(
     E=st.integers(1, 4),
     kind=st.sampled_from(["classic", "BatchEnsemble", "own head"]),
@@ -532,6 +515,13 @@ def test_bad_arguments() -> None:
     for options, error, message in (
         ({"reduction": "none"}, ValueError, "reduction: expected one of .*, got 'none'"),
         ({"prepare": 1}, TypeError, "prepare: expected a function of the batch, got 1"),
+        ({"values": {"beta": torch.tensor(1.0)}}, ValueError, r"values\['beta'\]: expected \[E, ...\].* shape \[\]"),
+        ({"values": {"beta": torch.ones(2).requires_grad_()}}, ValueError, r"requires_grad: expected one of \(?.False"),
+        ({"clip_norm": 0}, ValueError, "clip_norm: expected a number > 0, got 0"),
+        ({"clip_norm": -1.0}, ValueError, "clip_norm: expected a finite number >= 0, got -1.0"),
+        ({"clip_by": "layer"}, ValueError, "clip_by: expected one of .*, got 'layer'"),
+        ({"accumulate": 0}, ValueError, "accumulate: expected a positive int, got 0"),
+        ({"autocast": torch.float16}, ValueError, "autocast: expected one of .*, got torch.float16"),
         ({"compile": "max-autotune"}, TypeError, "compile: expected True, False or options .* got 'max-autotune'"),
     ):
         with pytest.raises(error, match=message):
@@ -543,8 +533,6 @@ def test_bad_arguments() -> None:
         fe.make_train_step(forward, F.mse_loss, optimizer, prepare=lambda x: x, compile=False)(params, x)
     with pytest.raises(TypeError, match="buffers: expected a dict"):
         step(params, x, y, buffers=3)  # type: ignore[arg-type]  # that is the test
-    with pytest.raises(TypeError, match=r"loss: expected a tensor, got 1.0"):
-        fe.member_losses(lambda output, y: 1.0, torch.ones(2, 5, 3), y)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match="params: one tensor has two names"):
         step(params._replace(stacked={**params.stacked, "again": params.stacked["bias"]}), x, y)
     with pytest.raises(ValueError, match="the optimizer trains 2 of its 2 tensors elsewhere"):
@@ -554,8 +542,6 @@ def test_bad_arguments() -> None:
     unreduced = fe.make_train_step(forward, partial(F.mse_loss, reduction="none"), optimizer, compile=False)
     with pytest.raises(ValueError, match=r"loss: expected one number for a member, got a tensor of shape \[5, 2\]"):
         unreduced(params, x, y)
-    with pytest.raises(ValueError, match=r"outputs: .* got the shapes \[\[2, 5, 3\], \[4\]\]"):
-        fe.member_losses(F.mse_loss, (torch.ones(2, 5, 3), torch.ones(4)), y)
 
 
 def test_members_of_a_batchensemble_that_start_equal_stay_equal() -> None:
@@ -569,3 +555,291 @@ def test_members_of_a_batchensemble_that_start_equal_stay_equal() -> None:
     x = randn(3, 2, 6)
     outputs = fe.make_forward(model)(params, x)
     assert_same(outputs[0], outputs[1], tolerance=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Options of a step
+
+
+def _own_networks(params: fe.EnsembleParams) -> list[nn.Module]:
+    """The members of a classic ensemble of `_net`, as ordinary networks in training mode."""
+    networks = []
+    for i in range(params.E):
+        network = _net().train()
+        network.load_state_dict(fe.member_params(network, params, i), strict=False)
+        networks.append(network)
+    return networks
+
+
+def _slopes(network: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def _norm(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+
+
+@given(
+    norm=st.floats(0.01, 3.0),
+    by=st.sampled_from(["member", "ensemble"]),
+    strategy=st.sampled_from(["vmap", "loop"]),
+    seed=st.integers(0, 99),
+)
+def test_clipping_is_that_of_separate_networks_or_of_all_together(
+    norm: float, by: str, strategy: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model, (x, y) = _net().train(), _batches(1)[0]
+    params = fe.ensemble_params(model, 3)
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    make = partial(fe.make_train_step, fe.make_forward(model, strategy=strategy), F.cross_entropy, optimizer)
+    step = make(compile=False, clip_norm=norm, clip_by=by)
+    got = step.gradients(params, x, y, buffers=fe.ensemble_buffers(model, 3)).gradients
+    networks = _own_networks(params)
+    for network in networks:
+        F.cross_entropy(network(x), y).backward()
+    for group in [[network] for network in networks] if by == "member" else [networks]:
+        torch.nn.utils.clip_grad_norm_([p for network in group for p in network.parameters()], norm)
+    for i, network in enumerate(networks):
+        assert_same({name: gradient[i] for name, gradient in got.items()}, _slopes(network), tolerance=1e-8)
+
+
+@pytest.mark.parametrize("by", ["member", "ensemble"])
+def test_clipping_of_a_batchensemble(by: str) -> None:
+    """Each member's r and s have a norm, and what all share has one; or all have one."""
+    model, (x, y) = _net().eval(), _batches(1)[0]
+    params = fe.batchensemble_params(model, 3)
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    make = partial(fe.make_train_step, fe.make_forward(model), F.cross_entropy, optimizer, compile=False)
+    whole = make().gradients(params, x, y).gradients
+    own = [{name: whole[name][i] for name in params.stacked} for i in range(3)]
+    shared = {name: whole[name] for name in params.shared}
+    norms = torch.stack([_norm(part) for part in (*own, shared)])
+    limit = float(norms.min() + norms.max()) / 2
+    if by == "ensemble":
+        norms = norms.norm().expand(4)
+    factor = (limit / (norms + 1e-6)).clamp(max=1)
+    assert factor.min() < 0.99 and (by == "ensemble" or factor.max() == 1)
+    got = make(clip_norm=limit, clip_by=by).gradients(params, x, y).gradients
+    for i in range(3):
+        assert_same({name: got[name][i] for name in params.stacked}, {k: v * factor[i] for k, v in own[i].items()})
+    assert_same({name: got[name] for name in params.shared}, {k: v * factor[3] for k, v in shared.items()})
+
+
+@pytest.mark.parametrize("by", ["member", "ensemble"])
+def test_a_member_that_is_not_finite_does_not_spoil_the_norm_of_others(by: str) -> None:
+    model, (x, y) = _net().eval(), _batches(1)[0]
+    params = fe.ensemble_params(model, 3)
+    with torch.no_grad():
+        params.stacked["6.weight"][1] = float("nan")
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    make = partial(fe.make_train_step, fe.make_forward(model), F.cross_entropy, optimizer, compile=False)
+    got = make(clip_norm=0.1, clip_by=by).gradients(params, x, y)
+    whole = make().gradients(params, x, y).gradients
+    assert got.losses.isfinite().tolist() == [True, False, True]
+    own = [_norm({name: gradient[i] for name, gradient in whole.items()}) for i in (0, 2)]
+    norms = own if by == "member" else [torch.stack(own).norm()] * 2
+    for i, norm in zip((0, 2), norms, strict=True):
+        for name, gradient in got.gradients.items():
+            assert_same(gradient[i], whole[name][i] * (0.1 / (norm + 1e-6)), tolerance=1e-8)
+
+
+@given(
+    parts=st.sampled_from([1, 2, 3, 6]),
+    kind=st.sampled_from(["classic", "BatchEnsemble"]),
+    own_inputs=st.booleans(),
+    strategy=st.sampled_from(["vmap", "loop"]),
+    by_index=st.booleans(),
+)
+def test_accumulated_gradients_are_those_of_the_whole_batch(
+    parts: int, kind: str, own_inputs: bool, strategy: str, by_index: bool
+) -> None:
+    model = _net().eval()
+    params = (fe.ensemble_params if kind == "classic" else fe.batchensemble_params)(model, 3)
+    x, y = randn(12, 2, 6), torch.randint(4, (12,))
+    index = torch.stack([torch.randperm(12)[:6] for _ in range(3)]) if own_inputs else torch.randperm(12)[:6]
+    batch = (index,) if by_index else (x[index], y[index])
+    forward = fe.make_forward(model, strategy=strategy, member_inputs=own_inputs)
+    make = partial(
+        fe.make_train_step,
+        forward,
+        F.cross_entropy,
+        torch.optim.SGD(tree_leaves(params)),
+        prepare=(lambda i: (x[i], y[i])) if by_index else None,
+        compile=False,
+    )
+    assert_same(make(accumulate=parts).gradients(params, *batch), make().gradients(params, *batch), tolerance=1e-8)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_accumulation_takes_the_statistics_of_the_parts_one_after_another(compile: bool) -> None:
+    model, (x, y) = _net().train(), _batches(1)[0]
+    params, buffers = fe.ensemble_params(model, 2), fe.ensemble_buffers(model, 2)
+    options = {"backend": compiler(), "fullgraph": True} if compile else False
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, optimizer, accumulate=3, compile=options)
+    for _ in range(2):  # the first call computes without the compiler too
+        got, losses, new = step.gradients(params, x, y, buffers=buffers)
+    for i, network in enumerate(_own_networks(params)):
+        values = [F.cross_entropy(network(a), b) / 3 for a, b in zip(x.chunk(3), y.chunk(3), strict=True)]
+        torch.stack(values).sum().backward()
+        assert_same(losses[i], torch.stack(values).sum().detach())
+        assert_same({name: gradient[i] for name, gradient in got.items()}, _slopes(network), tolerance=1e-8)
+        assert_same({name: buffer[i] for name, buffer in new.items()}, dict(network.named_buffers()))
+
+
+def test_a_batch_that_cannot_be_cut() -> None:
+    model, x = nn.Linear(3, 2), torch.ones(5, 3)
+    params = fe.ensemble_params(model, 2)
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    step = fe.make_train_step(fe.make_forward(model), F.mse_loss, optimizer, accumulate=2, compile=False)
+    for batch in ((x, torch.ones(5, 2)), (x[:4], torch.ones(2, 2)), (x[:4], torch.ones(()))):
+        with pytest.raises(ValueError, match=r"accumulate: expected .* a multiple of 2 on axis 0, got the shapes \[\["):
+            step(params, *batch)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_autocast_is_that_of_separate_networks(strategy: str, compile: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 4))
+    params = fe.ensemble_params(model, 3)
+    x, y = torch.randn(8, 3), torch.randint(4, (8,))
+    step = fe.make_train_step(
+        fe.make_forward(model, strategy=strategy),
+        F.cross_entropy,
+        torch.optim.SGD(tree_leaves(params)),
+        autocast=torch.bfloat16,
+        compile={"backend": compiler(), "fullgraph": True} if compile else False,
+    )
+    for _ in range(2):
+        got, losses, _ = step.gradients(params, x, y)
+    assert losses.dtype == torch.float32 or losses.dtype == torch.bfloat16
+    for i in range(3):
+        alone = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 4))
+        alone.load_state_dict(fe.member_params(model, params, i))
+        with torch.autocast("cpu", torch.bfloat16):
+            F.cross_entropy(alone(x), y).backward()
+        for name, gradient in _slopes(alone).items():
+            assert got[name].dtype == torch.float32
+            # Rounding to eight bits is not the same in another order; that of float32 would be 1e-6.
+            assert_same(got[name][i], gradient, tolerance=2e-2)
+    exact = fe.make_train_step(
+        fe.make_forward(model), F.cross_entropy, torch.optim.SGD(tree_leaves(params)), compile=False
+    )
+    assert not torch.allclose(exact.gradients(params, x, y).gradients["0.weight"], got["0.weight"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_value_of_each_members_own_in_the_loss(chunk_size: int | None, compile: bool) -> None:
+    model, (x, y) = _net().eval(), _batches(1)[0]
+    params, smoothing = fe.ensemble_params(model, 3), torch.tensor([0.0, 0.1, 0.4], dtype=torch.float64)
+    step = fe.make_train_step(
+        fe.make_forward(model, chunk_size=chunk_size),
+        fe.cross_entropy,
+        torch.optim.SGD(tree_leaves(params)),
+        values={"label_smoothing": smoothing},
+        compile={"backend": compiler(), "fullgraph": True} if compile else False,
+    )
+    for _ in range(2):
+        got, losses, _ = step.gradients(params, x, y)
+    for i, network in enumerate(_own_networks(params)):
+        value = F.cross_entropy(network.eval()(x), y, label_smoothing=smoothing[i].item())
+        value.backward()
+        assert_same(losses[i], value.detach())
+        assert_same({name: gradient[i] for name, gradient in got.items()}, _slopes(network), tolerance=1e-8)
+    other = fe.ensemble_params(model, 2)
+    wrong = fe.make_train_step(
+        fe.make_forward(model),
+        fe.cross_entropy,
+        torch.optim.SGD(tree_leaves(other)),
+        values={"label_smoothing": smoothing},
+    )
+    with pytest.raises(ValueError, match=r"values\['label_smoothing'\]: expected \[2, ...\], .* got the shape \[3\]"):
+        wrong(other, x, y)
+
+
+@pytest.mark.parametrize("slices", [False, True])
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_a_stopped_member_no_longer_changes_and_the_others_go_on(optimiser: str, slices: bool) -> None:
+    model = _net().train()
+    start = fe.ensemble_params(model, 3)
+    params, buffers = _copy(start), fe.ensemble_buffers(model, 3)
+    lr = OPTIMISERS[optimiser]([torch.ones(1, requires_grad=True)]).defaults["lr"]
+    tensors = fe.param_groups(params, lr=torch.full((3,), lr, dtype=torch.float64)) if slices else tree_leaves(params)
+    step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, OPTIMISERS[optimiser](tensors), compile=False)
+    for number, (x, y) in enumerate(_batches(8)):
+        if number == 3:
+            step.stop(1)
+            assert step.stopped == (1,)
+            kept = _copy(params), {name: buffer.clone() for name, buffer in buffers.items()}
+        _, buffers = step(params, x, y, buffers=buffers)
+    free, free_buffers = _copy(start), fe.ensemble_buffers(model, 3)
+    other = fe.make_train_step(
+        fe.make_forward(model), F.cross_entropy, OPTIMISERS[optimiser](tree_leaves(free)), compile=False
+    )
+    for x, y in _batches(8):
+        _, free_buffers = other(free, x, y, buffers=free_buffers)
+    for got, before, want in (
+        *((params.stacked[name], kept[0].stacked[name], free.stacked[name]) for name in params.stacked),
+        *((buffers[name], kept[1][name], free_buffers[name]) for name in buffers),
+    ):
+        assert torch.equal(got[1], before[1])
+        assert_same(got[[0, 2]].detach(), want[[0, 2]].detach(), tolerance=1e-12)
+    assert not torch.equal(params.stacked["6.weight"][1], free.stacked["6.weight"][1])
+
+
+def test_members_that_share_what_is_trained_cannot_stop_alone() -> None:
+    model, x, y = nn.Linear(3, 2), torch.ones(5, 3), torch.ones(5, 2)
+    params = fe.batchensemble_params(model, 3)
+    step = fe.make_train_step(fe.make_forward(model), F.mse_loss, torch.optim.SGD(tree_leaves(params)), compile=False)
+    step.stop(1)
+    with pytest.raises(ValueError, match=r"stop: members \[1\] cannot stop alone, .* such as weight"):
+        step(params, x, y)
+    classic = fe.ensemble_params(model, 3)
+    step = fe.make_train_step(fe.make_forward(model), F.mse_loss, torch.optim.SGD(tree_leaves(classic)), compile=False)
+    with pytest.raises(ValueError, match="members: expected the numbers of members, from 0, got -1"):
+        step.stop(-1)
+    step.stop(3)
+    with pytest.raises(ValueError, match=r"stop: expected members of 3, got \[3\]"):
+        step(classic, x, y)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_label_that_is_out_of_range_is_named(compile: bool) -> None:
+    model, (x, y) = _net().eval(), _batches(1)[0]
+    params = fe.ensemble_params(model, 2)
+    options = {"backend": compiler()} if compile else False
+    step = fe.make_train_step(
+        fe.make_forward(model), F.cross_entropy, torch.optim.SGD(tree_leaves(params)), compile=options
+    )
+    step(params, x, y)
+    y = y.clone()
+    y[2] = 4
+    with pytest.raises(ValueError, match=r"labels: expected 0 <= y < 4, the classes of the logits, got 4 at \[2\]"):
+        step(params, x, y)
+
+
+def test_members_with_batches_of_their_own_are_separate_runs() -> None:
+    """Bagging: E networks, each on its own bootstrap sample in its own order."""
+    model, data, y = _net().train(), randn(40, 2, 6), torch.randint(4, (40,))
+    start = fe.ensemble_params(model, 3)
+    params, buffers = _copy(start), fe.ensemble_buffers(model, 3)
+    rows = fe.bootstrap(40, 3, size=30)
+    batches = fe.index_batches(rows, 10)
+    step = fe.make_train_step(
+        fe.make_forward(model, member_inputs=True),
+        F.cross_entropy,
+        OPTIMISERS["Adam"](tree_leaves(params)),
+        prepare=lambda i: (data[i], y[i]),
+        compile=False,
+    )
+    for index in batches:
+        _, buffers = step(params, index, buffers=buffers)
+    for i, network in enumerate(_own_networks(start)):
+        optimizer = OPTIMISERS["Adam"](network.parameters())
+        for index in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(network(data[index[i]]), y[index[i]]).backward()
+            optimizer.step()
+        assert_same(fe.member_params(model, params, i), dict(network.named_parameters()), tolerance=1e-8)

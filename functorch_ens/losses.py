@@ -1,0 +1,119 @@
+"""The loss of every member of an ensemble, by the ordinary loss of one network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vmap
+
+from functorch_ens.checks import check_of_members
+from functorch_ens.trees import take_apart
+
+
+def member_losses(
+    loss: Callable[..., Tensor],
+    outputs: Any,
+    *targets: Any,
+    member_targets: bool = False,
+    values: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """The loss of each member, `[E]`, by the ordinary `loss` of one network, without a Python loop.
+
+    >>> import torch, functorch_ens as fe
+    >>> logits, y = torch.zeros(5, 7, 3), torch.zeros(7, dtype=torch.long)
+    >>> fe.member_losses(torch.nn.functional.cross_entropy, logits, y).shape
+    torch.Size([5])
+
+    Args:
+        loss: `loss(output_of_one_member, *targets)`, a scalar.
+        outputs: what a forward returned: `[E, B, C]`, or any pytree or dataclass of tensors `[E, ...]`.
+        targets: for every member the same, `[B, ...]`; any pytrees.
+        member_targets: True where every target is `[E, B, ...]`, member i's being `[i]`.
+        values: keyword arguments of `loss` of which each member has its own, `{name: [E, ...]}`: those of
+            `functorch_ens.cross_entropy`, `{"label_smoothing": torch.linspace(0, 0.2, E)}`.
+
+    Raises:
+        ValueError: a tensor in `outputs` (or, with `member_targets`, in `targets`) has another leading axis than the
+            first, they are empty, one of `values` is not `[E, ...]`, `loss` returns more than one number for a member,
+            or a label is out of range.
+    """
+    stacked, form = take_apart(outputs)
+    given, target_form = take_apart(targets)
+    axis = stacked + given if member_targets else stacked
+    if len({tuple(tensor.shape[:1]) for tensor in axis}) != 1 or axis[0].ndim == 0:
+        raise ValueError(
+            "outputs: expected tensors with one leading member axis [E, ...], got the shapes "
+            f"{[list(tensor.shape) for tensor in axis]}"
+        )
+    if axis[0].shape[0] and not any(tensor.numel() for tensor in stacked):
+        shapes = [list(tensor.shape) for tensor in stacked]
+        raise ValueError(f"outputs: an empty batch has no loss, got the shapes {shapes}")
+    own = check_values(values, axis[0].shape[0])
+
+    def of_one(output: list[Tensor], target: list[Tensor], own: dict[str, Tensor]) -> Tensor:
+        value: Any = loss(form.rebuild(iter(output)), *target_form.rebuild(iter(target)), **own)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"loss: expected a tensor, got {value!r}")
+        return value
+
+    dims = (0, 0 if member_targets else None, 0)
+    try:
+        losses = vmap(of_one, in_dims=dims, randomness="different")(stacked, given, own)
+    except (RuntimeError, IndexError) as error:
+        if "out of bounds" in str(error) and len(stacked) == len(given) == 1:
+            _check_labels(given[0], stacked[0], int(member_targets))
+        raise
+    if losses.ndim != 1:
+        raise ValueError(
+            f"loss: expected one number for a member, got a tensor of shape {list(losses.shape[1:])}; "
+            'reduce it, as reduction="mean" does in torch.nn.functional'
+        )
+    return losses
+
+
+def check_values(values: Mapping[str, Tensor] | None, E: int | None = None) -> dict[str, Tensor]:
+    """`values` as a dict; TypeError or ValueError where they are not `{name: [E, ...]}`, with an E that is known."""
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values: expected a dict of tensors [E, ...], got {values!r}")
+    return {name: check_of_members(value, E, f"values[{name!r}]") for name, value in values.items()}
+
+
+def _check_labels(labels: Tensor, logits: Tensor, member_axis: int) -> None:
+    """ValueError, with the first of them, where class labels are out of range. The classes: axis 1 of one member."""
+    if labels.is_floating_point() or logits.ndim < 3 or labels.ndim != logits.ndim - 2 + member_axis:
+        return
+    classes = logits.shape[2]
+    wrong = torch.nonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        first = wrong[0].tolist()
+        raise ValueError(
+            f"labels: expected 0 <= y < {classes}, the classes of the logits, got {labels[tuple(first)]} at {first}"
+        ) from None
+
+
+def cross_entropy(
+    logits: Tensor, y: Tensor, *, label_smoothing: Tensor | float = 0.0, temperature: Tensor | float = 1.0
+) -> Tensor:
+    """The cross-entropy of one network, a scalar, whose hyperparameters may be tensors: each member then has its own.
+
+    >>> import torch, functorch_ens as fe
+    >>> logits, y = torch.zeros(5, 7, 3), torch.zeros(7, dtype=torch.long)
+    >>> values = {"label_smoothing": torch.tensor([0, 0.1, 0.2, 0.3, 0.4])}
+    >>> fe.member_losses(fe.cross_entropy, logits, y, values=values).shape
+    torch.Size([5])
+
+    Args:
+        logits: `[B, C]`.
+        y: class labels `[B]`, integers.
+        label_smoothing: the share of the target that is spread evenly over all C classes, 0 <= it < 1
+            (Szegedy et al. 2016, as `torch.nn.functional.cross_entropy` has it).
+        temperature: what the logits are divided by, > 0.
+    """
+    log_probs = (logits / temperature).log_softmax(-1)
+    return (1 - label_smoothing) * F.nll_loss(log_probs, y) - label_smoothing * log_probs.mean()

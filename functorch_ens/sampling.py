@@ -1,0 +1,135 @@
+"""Which rows of the data each member sees: batches of indices, so that the data itself is held once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from functorch_ens.checks import check_bool, check_generator, check_option, check_positive_int
+
+
+def bootstrap(
+    N: int,
+    E: int,
+    *,
+    size: int | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """For each member a sample of the data, drawn with replacement: bagging.
+
+    >>> import torch, functorch_ens as fe
+    >>> rows = fe.bootstrap(1000, E=5, generator=torch.Generator().manual_seed(0))
+    >>> rows.shape, bool(580 < len(rows[0].unique()) < 680)  # about 1 - 1/e of the rows
+    (torch.Size([5, 1000]), True)
+
+    Args:
+        N: how many rows there are.
+        E: the number of members.
+        size: how many of them a member gets, at most N; None is N.
+        generator: the source of randomness; None is torch's global one. It may be on another device.
+        device: where the result goes; None is the CPU.
+
+    Returns: row numbers `[E, size]`, int64. Draw them once, and give them to `index_batches` for every epoch.
+
+    Raises: TypeError or ValueError where N, E or `size` is no positive whole number, or `size` > N.
+
+    Source: Breiman 1996, Bagging predictors.
+    """
+    N, E = check_positive_int(N, "N"), check_positive_int(E, "E")
+    size = N if size is None else check_positive_int(size, "size")
+    if size > N:
+        raise ValueError(f"size: a bootstrap sample is no larger than the data of {N} rows, got {size}")
+    check_generator(generator)
+    source = generator.device if generator is not None else None
+    return torch.randint(N, (E, size), generator=generator, device=source).to(device or "cpu")
+
+
+def index_batches(
+    rows: int | Tensor,
+    batch_size: int,
+    *,
+    E: int | None = None,
+    sees: str = "same",
+    drop_last: bool = True,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """One epoch of shuffled batches, as row numbers: what the members see.
+
+    >>> import torch, functorch_ens as fe
+    >>> [batch.shape for batch in fe.index_batches(70, 32)]
+    [torch.Size([32]), torch.Size([32])]
+    >>> fe.index_batches(70, 32, E=4, sees="own")[0].shape
+    torch.Size([4, 32])
+    >>> fe.index_batches(70, 32, E=4, sees="split")[0].shape
+    torch.Size([4, 8])
+
+    With `forward = make_forward(model, member_inputs=sees != "same")`, a train step takes them as its batch:
+    `make_train_step(forward, loss, optimizer, prepare=lambda i: (images[i], labels[i]))`.
+
+    Args:
+        rows: how many rows there are, N; or the numbers of those to take, `[N]`, or for each member its own, `[E, N]`
+            (`bootstrap`), which each member sees in an order of its own.
+        batch_size: rows in a step, B.
+        E: the number of members; needed for what is not the `"same"`.
+        sees: `"same"`: all members the same batch, `[B]`. `"own"`: each member all rows, in an order of its own,
+            `[E, B]`. `"split"`: each member its share of a batch, `[E, B / E]`, so that a step costs what that of one
+            network does (Wen, Tran & Ba 2020, section 3).
+        drop_last: leave out the rows that do not fill a batch (other rows in each epoch); False makes a smaller last
+            batch of them, which with `"split"` has to divide by E too.
+        generator: the source of randomness; None is torch's global one.
+        device: where the batches go; None is where `rows` is, or the CPU.
+
+    Raises: TypeError or ValueError for an argument of the wrong kind, no full batch, or a share that is not whole.
+    """
+    check_option(sees, ("same", "own", "split"), "sees")
+    check_bool(drop_last, "drop_last")
+    check_generator(generator)
+    size = check_positive_int(batch_size, "batch_size")
+    E = None if E is None else check_positive_int(E, "E")
+    table, sees, E = _table(rows, sees, E)
+    N = table.shape[-1]
+    if drop_last and N < size:
+        raise ValueError(f"batch_size: expected at most {N}, the number of rows, got {size} (or drop_last=False)")
+    if sees == "split":
+        assert E is not None
+        for part, argument in ((size, "batch_size"), (0 if drop_last else N % size, "rows: the last batch")):
+            if part % E:
+                raise ValueError(f"{argument}: expected a multiple of E = {E} for equal shares, got {part}")
+    source = generator.device if generator is not None else None
+
+    def shuffled() -> Tensor:
+        return torch.randperm(N, generator=generator, device=source).to(table.device)
+
+    if sees == "own":
+        assert E is not None
+        order = torch.stack([shuffled() for _ in range(E)])
+        order = table.gather(1, order) if table.ndim == 2 else table[order]
+    else:
+        order = table[shuffled()]
+    order = order.to(device if device is not None else table.device)
+    batches = list(order[..., : N - N % size if drop_last else N].split(size, dim=-1))
+    return [rearrange(batch, "(e b) -> e b", e=E) for batch in batches] if sees == "split" else batches
+
+
+def _table(rows: Any, sees: str, E: int | None) -> tuple[Tensor, str, int | None]:
+    """The row numbers `[N]` or `[E, N]`, and what that says of the other two."""
+    if not isinstance(rows, Tensor):
+        rows = torch.arange(check_positive_int(rows, "rows"))
+    if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
+        raise TypeError(f"rows: expected whole numbers, got {rows.dtype}")
+    if rows.ndim not in (1, 2) or rows.numel() == 0:
+        raise ValueError(f"rows: expected [N] or, for each member its own, [E, N], got the shape {list(rows.shape)}")
+    if rows.ndim == 2:
+        if E not in (None, len(rows)):
+            raise ValueError(f"E: the rows are those of {len(rows)} members, got {E}")
+        if sees == "split":
+            raise ValueError('sees: "split" deals one batch out to the members, but rows has each member its own')
+        return rows, "own", len(rows)
+    if sees != "same" and E is None:
+        raise ValueError(f"E: the number of members is needed for sees={sees!r}")
+    return rows, sees, E

@@ -1,0 +1,280 @@
+"""Training over epochs: equal to the steps one after another, also after an interruption, and member by member."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_same
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, TensorDataset
+
+import functorch_ens as fe
+
+N, E = 24, 3
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 4)).double()
+
+
+class _Setting:
+    """One run, made anew each time from the same seed."""
+
+    def __init__(self, kind: str = "classic", compile: Any = False, lr: float = 0.05) -> None:
+        torch.manual_seed(1)
+        self.x, self.y = randn(N, 3), torch.randint(4, (N,))
+        self.model = _net().train()
+        self.params = (fe.ensemble_params if kind == "classic" else fe.batchensemble_params)(self.model, E)
+        self.buffers = fe.ensemble_buffers(self.model, E)
+        self.optimizer = torch.optim.AdamW(tree_leaves(self.params), lr=lr)
+        self.forward = fe.make_forward(self.model)
+        self.step = fe.make_train_step(
+            self.forward, F.cross_entropy, self.optimizer, prepare=lambda i: (self.x[i], self.y[i]), compile=compile
+        )
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 30)
+        self.generator = torch.Generator().manual_seed(7)
+
+    def batches(self, source: torch.Generator) -> list[Tensor]:
+        return fe.index_batches(N, 8, generator=source)
+
+    def evaluate(self, params: fe.EnsembleParams, buffers: Any) -> dict[str, Any]:
+        logits = fe.predict(self.forward, params, self.x, buffers=buffers)
+        return {"nll": fe.member_losses(F.cross_entropy, logits, self.y), "mean": logits.mean(), "one": 1}
+
+    def fit(self, epochs: int, **options: Any) -> fe.Fitted:
+        given: dict[str, Any] = {
+            "buffers": self.buffers,
+            "generator": self.generator,
+            "scheduler": self.scheduler,
+            "evaluate": self.evaluate,
+        }
+        return fe.fit(self.step, self.params, self.batches, epochs=epochs, **{**given, **options})
+
+
+def test_epochs_are_the_steps_one_after_another() -> None:
+    fitted = _Setting().fit(3)
+    by_hand = _Setting()
+    buffers, every = by_hand.buffers, []
+    for _ in range(3):
+        losses = []
+        for index in by_hand.batches(by_hand.generator):
+            loss, buffers = by_hand.step(by_hand.params, index, buffers=buffers)
+            losses.append(loss)
+        by_hand.scheduler.step()
+        every.append(torch.stack(losses).mean(0))
+        found = by_hand.evaluate(by_hand.params, buffers)
+    assert_same(fitted.params, by_hand.params, tolerance=0)
+    assert_same(fitted.buffers, buffers, tolerance=0)
+    assert_same(fitted.history["loss"], torch.stack(every), tolerance=1e-12)
+    assert_same(fitted.history["nll"][-1], found["nll"].detach(), tolerance=0)
+    assert fitted.history["mean"].shape == (3,) and fitted.history["one"].tolist() == [1, 1, 1]
+    assert fitted.stopped == {}
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@settings(max_examples=20)
+@given(
+    kind=st.sampled_from(["classic", "BatchEnsemble"]),
+    at=st.integers(0, 4 * 3 - 1),
+    schedule_by=st.sampled_from(["epoch", "step"]),
+    patience=st.sampled_from([None, 1, 2]),
+    lr=st.sampled_from([0.05, 1.0]),
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, at: int, schedule_by: str, patience: int | None, lr: float
+) -> None:
+    """To the last bit: parameters, buffers, optimiser, schedule, order of the data, dropout, early stopping."""
+    options: dict[str, Any] = {"schedule_by": schedule_by, "patience": patience, "monitor": "nll"}
+    whole = _Setting(kind, lr=lr)
+    want = whole.fit(4, **options)
+
+    file = tmp_path_factory.mktemp("run") / "run.pt"
+    first, count = _Setting(kind, lr=lr), 0
+
+    def interrupt(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > at:
+            raise _Interrupted
+
+    first.optimizer.register_step_post_hook(interrupt)
+    try:
+        first.fit(4, checkpoint=file, **options)
+    except _Interrupted:
+        assert file.exists() is (at >= 3)
+    torch.manual_seed(99)  # whatever has been drawn since
+    again = _Setting(kind, lr=lr)
+    again.generator.manual_seed(12 if file.exists() else 7)
+    got = again.fit(4, checkpoint=file, **options)
+    assert_same(tuple(got.params), tuple(want.params), tolerance=0)
+    assert_same(got.buffers, want.buffers, tolerance=0)
+    assert_same(got.history, want.history, tolerance=0)
+    assert got.stopped == want.stopped
+    assert again.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+    states = [run.optimizer.state[tensor] for run in (again, whole) for tensor in tree_leaves(run.params)]
+    assert_same(states[: len(states) // 2], states[len(states) // 2 :], tolerance=0)
+
+
+def test_a_run_that_is_over_goes_on_with_more_epochs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "run.pt"
+    _Setting().fit(2, checkpoint=file)
+    over = _Setting()
+    with caplog.at_level(logging.INFO, logger="functorch_ens"):
+        assert len(over.fit(2, checkpoint=file).history["loss"]) == 2
+    assert "run.pt: goes on after epoch 2 of 2" in caplog.text
+    assert_same(tuple(_Setting().fit(3, checkpoint=file).params), tuple(_Setting().fit(3).params), tolerance=0)
+
+
+def test_a_data_loader_draws_from_torchs_generator_which_is_kept_too(tmp_path: Path) -> None:
+    def run(epochs: int, file: Path | None) -> fe.Fitted:
+        own = _Setting()
+        step = fe.make_train_step(own.forward, F.cross_entropy, own.optimizer, compile=False)
+        loader = DataLoader(TensorDataset(own.x, own.y), batch_size=8, shuffle=True)
+        torch.manual_seed(5)
+        return fe.fit(step, own.params, loader, epochs=epochs, buffers=own.buffers, checkpoint=file)
+
+    run(1, tmp_path / "run.pt")
+    assert_same(tuple(run(3, tmp_path / "run.pt").params), tuple(run(3, None).params), tolerance=0)
+
+
+def test_a_member_whose_loss_is_nan_is_named_and_spoils_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    want = _Setting().fit(2)
+    broken = _Setting()
+    with torch.no_grad():
+        broken.params.stacked["4.bias"][1, 0] = float("nan")
+    got = broken.fit(2)
+    assert list(got.stopped) == [1] and "not finite in epoch 1, step 1" in got.stopped[1]
+    assert "members [1]: its loss is not finite in epoch 1, step 1; they are trained no more" in caplog.text
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+    for name, stack in got.params.stacked.items():
+        assert_same(stack[[0, 2]].detach(), want.params.stacked[name][[0, 2]].detach(), tolerance=0)
+    assert got.history["loss"].isfinite().tolist() == [[True, False, True]] * 2
+
+
+def test_where_none_can_go_on_it_is_an_error() -> None:
+    shared = _Setting("BatchEnsemble")
+    with torch.no_grad():
+        shared.params.stacked["0.weight_r"][2] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"members \[2\]: .* epoch 1, step 1; all members share trained"):
+        shared.fit(2)
+    classic = _Setting()
+    with torch.no_grad():
+        classic.params.stacked["4.bias"][:] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"members \[0, 1, 2\]: .*; no member is left"):
+        classic.fit(2)
+
+
+def _run_by_values(values: Tensor, kind: str, patience: int) -> tuple[fe.Fitted, list[Any], list[Any]]:
+    """A run whose monitored values `[epochs, E]` are given; what it returned, and its state after each epoch."""
+    own, epoch = _Setting(kind), 0
+    params: list[Any] = []
+    buffers: list[Any] = []
+
+    def evaluate(now: fe.EnsembleParams, states: Any) -> dict[str, Tensor]:
+        nonlocal epoch
+        params.append(tree_map(lambda t: t.detach().clone(), now))
+        buffers.append({name: buffer.clone() for name, buffer in states.items()})
+        epoch += 1
+        return {"value": values[epoch - 1]}
+
+    return own.fit(len(values), evaluate=evaluate, monitor="value", patience=patience), params, buffers
+
+
+def test_each_member_stops_and_ends_as_it_was_at_its_best() -> None:
+    values = torch.tensor([[3.0, 1, 9], [2, 2, 8], [4, 1, 7], [1, 0, 6], [1, 0, float("nan")]])
+    fitted, params, buffers = _run_by_values(values, "classic", patience=2)
+    assert fitted.stopped == {1: "no better value after epoch 1"}
+    for member, best in ((0, 3), (1, 0), (2, 3)):
+        for name, stack in fitted.params.stacked.items():
+            assert torch.equal(stack[member], params[best].stacked[name][member])
+        assert fitted.buffers is not None
+        for name, buffer in fitted.buffers.items():
+            assert torch.equal(buffer[member], buffers[best][name][member])
+    for epoch in (3, 4):  # member 1 stopped after the third
+        assert all(torch.equal(params[epoch].stacked[n][1], s[1]) for n, s in params[2].stacked.items())
+        assert not torch.equal(params[epoch].stacked["4.bias"][0], params[2].stacked["4.bias"][0])
+
+
+def test_members_that_share_stop_together_by_their_mean() -> None:
+    values = torch.tensor([[3.0, 1, 9], [2, 2, 8], [1, 1, 12], [0, 5, 8], [0, 0, 0]])
+    fitted, params, _ = _run_by_values(values, "BatchEnsemble", patience=2)
+    assert set(fitted.stopped) == {0, 1, 2} and len(fitted.history["loss"]) == 4
+    assert_same(tuple(fitted.params), tuple(params[1]), tolerance=0)
+
+
+def test_a_plateau_lowers_the_learning_rate() -> None:
+    own = _Setting()
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(own.optimizer, factor=0.1, patience=0)
+    own.fit(3, scheduler=scheduler, evaluate=lambda *_: {"value": 1.0}, monitor="value")
+    assert own.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * 0.1**2)
+
+
+def test_without_buffers_and_with_a_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    model, x, y = nn.Linear(3, 2).double(), randn(8, 3), randn(8, 2)
+    params = fe.ensemble_params(model, 12)
+    step = fe.make_train_step(
+        fe.make_forward(model), F.mse_loss, torch.optim.SGD(tree_leaves(params), lr=0.1), compile=False
+    )
+    first = fe.fit(step, params, [(x[:4], y[:4]), [x[4:], y[4:]]], epochs=2, progress=True)
+    assert first.buffers is None and first.history["loss"].shape == (2, 12)
+    shown = capfd.readouterr().err
+    assert "epoch 2 of 2" in shown and "4/4" in shown and "loss" in shown and " to " in shown
+    fe.fit(step, params, [(x, y)], epochs=1)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_run_of_another_model_is_not_taken(tmp_path: Path) -> None:
+    file = tmp_path / "run.pt"
+    _Setting().fit(1, checkpoint=file)
+    with pytest.raises(ValueError, match=r"checkpoint: .* of a run with other parameters or buffers, such as"):
+        _Setting("BatchEnsemble").fit(2, checkpoint=file)
+    with pytest.raises(ValueError, match=r"patience: the run in .* was with it or without, and this is not"):
+        _Setting().fit(2, checkpoint=file, patience=1, monitor="nll")
+    fe.save_checkpoint({"epoch": 1}, file)
+    with pytest.raises(ValueError, match=r"checkpoint: .* is not one that fit wrote: it has no \['buffers'"):
+        _Setting().fit(2, checkpoint=file)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"epochs": 0}, ValueError, "epochs: expected a positive int, got 0"),
+        ({"patience": 0}, ValueError, "patience: expected a positive int, got 0"),
+        ({"patience": 1}, ValueError, "monitor: expected the name of what is to become less"),
+        ({"monitor": "nll", "evaluate": None}, ValueError, "monitor: expected evaluate too, which returns 'nll'"),
+        ({"monitor": "other"}, ValueError, r"monitor: expected 'other', a number or \[3\]"),
+        ({"evaluate": lambda *_: 3}, ValueError, "evaluate: expected a dict of results, .* got 3"),
+        ({"evaluate": lambda *_: {"loss": 3}}, ValueError, 'evaluate: expected .* "loss" not among them'),
+        ({"schedule_by": "batch"}, ValueError, "schedule_by: expected one of .*, got 'batch'"),
+        ({"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got 3"),
+    ],
+)
+def test_bad_arguments(options: Any, error: type[Exception], message: str) -> None:
+    own = _Setting()
+    with pytest.raises(error, match=message):
+        own.fit(**{"epochs": 1, **options})
+
+
+def test_bad_batches() -> None:
+    own = _Setting()
+    fit: Callable[..., Any] = fe.fit
+    with pytest.raises(TypeError, match="batches: expected an iterable, or a function of a generator, got 3"):
+        fit(own.step, own.params, 3, epochs=1)
+    with pytest.raises(TypeError, match="step: expected a train step"):
+        fit(own.forward, own.params, [], epochs=1)
+    once = iter(own.batches(own.generator))
+    with pytest.raises(ValueError, match=r"batches: expected at least one batch .* got none in epoch 2; an iterator"):
+        fit(own.step, own.params, once, epochs=2, buffers=own.buffers)

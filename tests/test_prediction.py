@@ -1,0 +1,84 @@
+"""Predictions in batches are the forward of the whole, in eval mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import randn
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import assert_same
+from torch import Tensor, nn
+
+import functorch_ens as fe
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 2)).double()
+
+
+@given(
+    N=st.integers(1, 20), size=st.integers(1, 25), own_inputs=st.booleans(), strategy=st.sampled_from(["vmap", "loop"])
+)
+def test_batches_give_the_forward_of_the_whole(N: int, size: int, own_inputs: bool, strategy: str) -> None:
+    model, x = _net(), randn(N, 3)
+    model[0].eval()  # a mode of its own, which stays as it is
+    params, buffers = fe.ensemble_params(model, 3), fe.ensemble_buffers(model, 3)
+    buffers["1.running_mean"] += randn(3, 5)
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    modes = [module.training for module in model.modules()]
+    forward = fe.make_forward(model, member_inputs=own_inputs, strategy=strategy)
+    got = fe.predict(forward, params, x, buffers=buffers, batch_size=size)
+    assert modes == [module.training for module in model.modules()]
+    assert_same(buffers, before)
+    assert not got.requires_grad
+    for i in range(3):
+        alone = _net().eval()
+        alone.load_state_dict({**fe.member_params(model, params, i), **{k: v[i] for k, v in buffers.items()}})
+        assert_same(got[i], alone(x).detach())
+
+
+def test_several_inputs_and_outputs_and_what_is_prepared() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2).double()
+
+        def forward(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Any:
+            y = self.layer(a + b)
+            return {"y": y * scale, "none": None, "pair": (y, y[:, 0])}
+
+    model, a, b = Two(), torch.arange(21).reshape(7, 3), randn(7, 3)
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+    got = fe.predict(forward, params, a, b, batch_size=3, prepare=lambda a, b: (a.double() / 255, b), scale=2.0)
+    want = forward(params, a.double() / 255, b, scale=2.0)
+    assert got["none"] is None
+    assert_same((got["y"], got["pair"]), (want["y"].detach(), tuple(x.detach() for x in want["pair"])))
+
+
+def test_an_error_leaves_the_mode_as_it_was() -> None:
+    model = _net().train()
+    params, buffers = fe.ensemble_params(model, 2), fe.ensemble_buffers(model, 2)
+    with pytest.raises(RuntimeError):
+        fe.predict(fe.make_forward(model), params, randn(5, 4), buffers=buffers)
+    assert all(module.training for module in model.modules())
+
+
+def test_bad_arguments() -> None:
+    model = nn.Linear(3, 2).double()
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+    for inputs, error, message in (
+        ((), TypeError, "inputs: expected tensors .*, got 'none'"),
+        (([1.0],), TypeError, r"inputs: expected tensors \[N, ...\], got \[1.0\]"),
+        ((randn(0, 3),), ValueError, r"inputs: expected .* N > 0, got the shapes \[\[0, 3\]\]"),
+        ((randn(4, 3), randn(5, 3)), ValueError, r"of one length .* got the shapes \[\[4, 3\], \[5, 3\]\]"),
+        ((randn(()),), ValueError, r"of one length .* got the shapes \[\[\]\]"),
+    ):
+        with pytest.raises(error, match=message):
+            fe.predict(forward, params, *inputs)
+    with pytest.raises(ValueError, match="batch_size: expected a positive int, got 0"):
+        fe.predict(forward, params, randn(4, 3), batch_size=0)
+    with pytest.raises(TypeError, match="forward: expected the forward of an ensemble"):
+        fe.predict(model, params, randn(4, 3))  # type: ignore[arg-type]  # that is the test
