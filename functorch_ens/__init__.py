@@ -1,5 +1,6 @@
 """Ensembles of any PyTorch model, classic (deep) ones and BatchEnsemble, as pure functions of a parameter pytree."""
 
+from functorch_ens import metrics, plots
 from functorch_ens import rules as _rules  # noqa: F401  it puts the fast rules into the registry
 from functorch_ens.checkpoint import load_checkpoint, save_checkpoint
 from functorch_ens.describe import Description, describe
@@ -12,7 +13,17 @@ from functorch_ens.prediction import predict
 from functorch_ens.rank1 import Layout, Rank1, rank1_layout, rank1_rule
 from functorch_ens.sampling import bootstrap, index_batches
 from functorch_ens.stacking import member_params, stack_buffers, stack_params
+from functorch_ens.temperature import fit_temperature
 from functorch_ens.training import Gradients, TrainStep, make_train_step
+from functorch_ens.uncertainty import (
+    Uncertainty,
+    classification_uncertainty,
+    disagreement,
+    mean_log_probs,
+    mean_probs,
+    pairwise_kl,
+    regression_uncertainty,
+)
 
 __all__ = [
     "Description",
@@ -23,23 +34,33 @@ __all__ = [
     "Layout",
     "Rank1",
     "TrainStep",
+    "Uncertainty",
     "batchensemble_params",
     "bootstrap",
+    "classification_uncertainty",
     "cross_entropy",
     "describe",
+    "disagreement",
     "ensemble_buffers",
     "ensemble_params",
     "fit",
+    "fit_temperature",
     "index_batches",
     "load_checkpoint",
     "make_forward",
     "make_train_step",
+    "mean_log_probs",
+    "mean_probs",
     "member_losses",
     "member_params",
+    "metrics",
+    "pairwise_kl",
     "param_groups",
+    "plots",
     "predict",
     "rank1_layout",
     "rank1_rule",
+    "regression_uncertainty",
     "save_checkpoint",
     "stack_buffers",
     "stack_params",

@@ -244,3 +244,16 @@ def model_case(name: str) -> Case:
     """The model called `name` in MODELS, freshly made."""
     model, *args = _models()[name]
     return Case(model.double().eval(), tuple(args))
+
+
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16]
+
+
+@st.composite
+def labelled(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Logits `[E, ..., C]` in float64 and labels `[...]` of any integer dtype."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    between = draw(st.lists(st.integers(1, 6), min_size=1, max_size=2))
+    E, C = draw(st.integers(1, 4)), draw(st.integers(2, 5))
+    logits = draw(st.sampled_from([0.1, 1.0, 10.0])) * randn(E, *between, C)
+    return logits, torch.randint(C, between).to(draw(st.sampled_from(INTEGERS)))

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import functorch_ens as fe
 
 
-def _net() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 2)).double()
+def _net() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 2))
+    return net.double()
 
 
 @given(
@@ -74,7 +75,7 @@ def test_bad_arguments() -> None:
         (([1.0],), TypeError, r"inputs: expected tensors \[N, ...\], got \[1.0\]"),
         ((randn(0, 3),), ValueError, r"inputs: expected .* N > 0, got the shapes \[\[0, 3\]\]"),
         ((randn(4, 3), randn(5, 3)), ValueError, r"of one length .* got the shapes \[\[4, 3\], \[5, 3\]\]"),
-        ((randn(()),), ValueError, r"of one length .* got the shapes \[\[\]\]"),
+        ((torch.tensor(1.0),), ValueError, r"of one length .* got the shapes \[\[\]\]"),
     ):
         with pytest.raises(error, match=message):
             fe.predict(forward, params, *inputs)

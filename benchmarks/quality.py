@@ -1,0 +1,413 @@
+"""How good the answer is: a single network, a classic ensemble, and the whole spectrum of BatchEnsembles between them.
+
+Every variant is trained for the same epochs with the recipe of the single network (Adam, one learning rate), from
+several seeds. It is then asked for images of the classes that it knows, and for others that it should be uncertain of.
+
+    python benchmarks/quality.py                                         scikit-learn's digits
+    python benchmarks/quality.py --data folder --data-dir DIR --seeds 5  images, of which two classes are held out
+    python benchmarks/quality.py --data cifar10 --model cnn
+    python benchmarks/quality.py --only single 'classic*' 'r, s'         some of the variants
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import Spread, aligned, interleaved, machine, megabytes, peak_memory, positive, ratio, write_json
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+import functorch_ens as fe
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from data import DataUnavailable, Split, load, normalise
+from models import make_model
+
+Params = Callable[[nn.Module, int, torch.Generator], fe.EnsembleParams]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of ensemble, and how it is trained."""
+
+    name: str
+    about: str
+    params: Params
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    sees: str = "same"
+    epochs: int = 1
+    """Times those that the single network gets; 0: E times."""
+    members: int | None = None
+    """None: as many as asked for."""
+    needs_norms: bool = False
+    """Whether it is another without norms in the model."""
+
+
+def variants() -> list[Variant]:
+    """From one network to E of them."""
+
+    def classic(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
+        return fe.ensemble_params(model, E, generator=source)
+
+    def batch(*stacked: str, **options: Any) -> Params:
+        def make(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
+            owned = {name for part in stacked for name in parts(model)[part]}
+            given = {"init": "random_sign", **options}
+            if owned:
+                given["stacked"] = lambda name, parameter: name in owned
+            return fe.batchensemble_params(model, E, use_base_weights=False, generator=source, **given)
+
+        return make
+
+    signs = "r, s are random signs"
+    return [
+        Variant("single", "one network", classic, members=1),
+        Variant("classic", "E networks: everything is stacked", classic),
+        Variant("r, s", signs, batch()),
+        Variant("+ biases", f"{signs}; own biases", batch("biases")),
+        Variant("+ norms", f"{signs}; own norm affines", batch("norms"), needs_norms=True),
+        Variant("+ first", f"{signs}; own first layer", batch("first")),
+        Variant("+ last", f"{signs}; own last layer", batch("last")),
+        Variant("+ first, last", f"{signs}; own first and last layer", batch("first", "last")),
+        Variant("normal .5", "r, s ~ N(1, .5)", batch(init="normal")),
+        Variant("normal .1", "r, s ~ N(1, .1)", batch(init="normal", r_std=0.1, s_std=0.1)),
+        Variant("lr x .1", f"{signs}; r, s learn at a tenth of the rate", batch(), {"rank1_lr_factor": 0.1}),
+        Variant("lr x 10", f"{signs}; r, s learn at ten times the rate", batch(), {"rank1_lr_factor": 10.0}),
+        Variant("fixed", f"{signs}, and stay so", batch(), {"rank1_lr_factor": 0.0}),
+        Variant("own order", f"{signs}; each member sees the data in an order of its own", batch(), sees="own"),
+        Variant("split", f"{signs}; each member gets 1/E of a batch", batch(), sees="split"),
+        Variant("split, long", "the same for E times as many epochs", batch(), sees="split", epochs=0),
+        Variant("long", f"{signs}; twice as many epochs", batch(), epochs=2),
+        Variant("single, long", "one network, twice as many epochs", classic, members=1, epochs=2),
+    ]
+
+
+def parts(model: nn.Module) -> dict[str, list[str]]:
+    """The parameters of `model` by what they are: the first and the last layer, biases, and norm affines."""
+    layers: list[list[str]] = []
+    norms: list[list[str]] = []
+    for name, module in model.named_modules():
+        own = [f"{name}.{leaf}" if name else leaf for leaf, _ in module.named_parameters(recurse=False)]
+        weight = getattr(module, "weight", None)
+        if own and weight is not None:
+            (layers if weight.ndim > 1 else norms).append(own)
+    affines = [name for own in norms for name in own]
+    biases = [name for own in layers for name in own if name.endswith("bias")]
+    return {"first": layers[0], "last": layers[-1], "biases": biases, "norms": affines}
+
+
+@dataclass
+class Task:
+    """What is learned, and what is asked afterwards."""
+
+    train: Split
+    test: Split
+    outside: Tensor
+    classes: int
+
+
+def make_task(options: argparse.Namespace) -> Task:
+    """The data; what is outside it are held-out classes, of digits noise and rotated ones."""
+    data = load(options.data, options.data_dir, None, options.device)
+    if options.data == "digits":
+        source = torch.Generator().manual_seed(0)
+        noise = torch.randint(256, data.test.images.shape, generator=source, dtype=torch.uint8).to(options.device)
+        turned = torch.rot90(data.test.images, 1, (-2, -1))
+        return Task(data.train, data.test, torch.cat([noise, turned]), len(data.classes))
+    classes = len(data.classes) - options.hold_out
+
+    def known(split: Split) -> Split:
+        return Split(*(tensor[split.labels < classes] for tensor in split))
+
+    outside = torch.cat([split.images[split.labels >= classes] for split in (data.test, data.train)])
+    return Task(known(data.train), known(data.test), outside[: 4 * len(data.test.labels)], classes)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One variant
+
+
+class Trial:
+    """One variant on one task: trained again for each seed, in the same tensors, so that it is compiled once."""
+
+    def __init__(self, variant: Variant, task: Task, options: argparse.Namespace) -> None:
+        self.variant, self.task, self.options = variant, task, options
+        self.E = variant.members or options.members
+        self.model = self._model(0)
+        self.params = self._initial(0)
+        self.buffers = fe.ensemble_buffers(self.model, self.E)
+        self.forward = fe.make_forward(self.model, member_inputs=variant.sees != "same")
+        groups = fe.param_groups(self.params, lr=options.lr, **variant.groups)
+        self.optimizer = torch.optim.Adam(groups)
+        train = task.train
+        self.step = fe.make_train_step(
+            self.forward,
+            F.cross_entropy,
+            self.optimizer,
+            prepare=lambda i: (normalise(train.images[i]), train.labels[i]),
+            compile=options.compile,
+        )
+        self._index = self.batches(torch.Generator().manual_seed(0))[0]
+
+    def _model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        shape = tuple(self.task.train.images.shape[1:])
+        return make_model(self.options.model, shape, self.task.classes).to(self.options.device).train()
+
+    def _initial(self, seed: int) -> fe.EnsembleParams:
+        return self.variant.params(self._model(seed), self.E, torch.Generator().manual_seed(seed))
+
+    def batches(self, source: torch.Generator) -> list[Tensor]:
+        """One epoch."""
+        rows, size = len(self.task.train.labels), self.options.batch_size
+        if self.variant.sees == "split":
+            size -= size % self.E
+        return fe.index_batches(
+            rows, size, E=self.E, sees=self.variant.sees, generator=source, device=self.options.device
+        )
+
+    def run(self, seed: int, bar: Any) -> dict[str, float]:
+        """Train from `seed`, and look at the answers."""
+        with torch.no_grad():
+            for mine, new in zip(tree_leaves(self.params), tree_leaves(self._initial(seed)), strict=True):
+                mine.copy_(new)
+        self.optimizer.state.clear()
+        factor = self.variant.epochs or self.E
+        source = torch.Generator().manual_seed(seed)
+        begun = time.perf_counter()
+        fitted = fe.fit(
+            self.step,
+            self.params,
+            self.batches,
+            epochs=self.options.epochs * factor,
+            buffers=fe.ensemble_buffers(self._model(seed), self.E),
+            generator=source,
+            progress=False,
+        )
+        seconds = time.perf_counter() - begun
+        bar.update()
+        return {**self.answers(fitted), "seconds": seconds}
+
+    def answers(self, fitted: fe.Fitted) -> dict[str, float]:
+        def predicted(images: Tensor) -> Tensor:
+            return fe.predict(self.forward, fitted.params, images, buffers=fitted.buffers, prepare=normalise).double()
+
+        inside, outside, y = predicted(self.task.test.images), predicted(self.task.outside), self.task.test.labels
+        known, unknown = fe.classification_uncertainty(inside), fe.classification_uncertainty(outside)
+        kl = fe.pairwise_kl(inside)
+        pairs = self.E * (self.E - 1)
+        found: dict[str, Tensor | float] = {
+            "member accuracy": torch.stack([fe.metrics.accuracy(one[None], y) for one in inside]).mean(),
+            "member nll": torch.stack([fe.metrics.nll(one[None], y) for one in inside]).mean(),
+            "accuracy": fe.metrics.accuracy(inside, y),
+            "nll": fe.metrics.nll(inside, y),
+            "nll, T fitted": self._calibrated(inside, y),
+            "ece": fe.metrics.calibration_error(inside, y),
+            "auroc, total": fe.metrics.auroc(known.total, unknown.total),
+            "auroc, epistemic": fe.metrics.auroc(known.epistemic, unknown.epistemic),
+            "disagreement": fe.disagreement(inside).mean(),
+            "pairwise kl": kl.sum() / max(1, pairs),
+            "distance": self._distance(fitted.params),
+        }
+        return {name: float(value) for name, value in found.items()}
+
+    def _calibrated(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The NLL of one half of the test images at the temperature that is best for the other, and the reverse."""
+        halves = [slice(0, None, 2), slice(1, None, 2)]
+        values = [
+            fe.metrics.nll(logits[:, b] / fe.fit_temperature(logits[:, a], y[a]), y[b])
+            for a, b in (halves, halves[::-1])
+        ]
+        return torch.stack(values).mean()
+
+    def _distance(self, params: fe.EnsembleParams) -> float:
+        """How far apart members' weights are: the mean distance of two, over the mean norm of one."""
+        members = [
+            torch.cat([w.detach().flatten().double() for w in fe.member_params(self.model, params, i).values()])
+            for i in range(self.E)
+        ]
+        flat = torch.stack(members)
+        return float(torch.pdist(flat).mean() / flat.norm(dim=1).mean()) if self.E > 1 else 0.0
+
+    def one_step(self) -> None:
+        """A step as in training, to be timed."""
+        self.step(self.params, self._index, buffers=self.buffers)
+
+
+class SameRows(Trial):
+    """One network that is fed as many rows as the E members together: the least that a BatchEnsemble could cost."""
+
+    def __init__(self, task: Task, options: argparse.Namespace) -> None:
+        rows = argparse.Namespace(**{**vars(options), "batch_size": options.batch_size * options.members})
+        super().__init__(Variant("one network, E x rows", "", variants()[0].params, members=1), task, rows)
+
+
+def study(options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
+    """Every variant: what it answers, from each seed, and what it costs."""
+    chosen = [v for v in variants() if any(fnmatchcase(v.name, pattern) for pattern in options.only)]
+    if not chosen:
+        raise DataUnavailable(f"--only: {options.only} matches none of {[variant.name for variant in variants()]}")
+    shape = tuple(task.train.images.shape[1:])
+    has_norms = bool(parts(make_model(options.model, shape, task.classes))["norms"])
+    chosen = [variant for variant in chosen if has_norms or not variant.needs_norms]
+    trials: dict[str, Trial] = {}
+    results: dict[str, dict[str, Any]] = {}
+    with tqdm(total=len(chosen) * options.seeds, unit="run", disable=None) as bar:
+        for variant in chosen:
+            bar.set_description(variant.name)
+            trial = trials[variant.name] = Trial(variant, task, options)
+            results[variant.name] = {
+                "about": variant.about,
+                "parameters": sum(leaf.numel() for leaf in tree_leaves(trial.params)),
+                "MB": megabytes((trial.params, trial.buffers)),
+                "runs": [trial.run(seed, bar) for seed in range(options.seeds)],
+            }
+    limit = SameRows(task, options)
+    calls: dict[str, Callable[[], None]] = {name: trial.one_step for name, trial in trials.items()}
+    times = interleaved({**calls, "": limit.one_step}, options.rounds, options.device)
+    for name, call in calls.items():
+        results[name]["step, ms"] = 1e3 * Spread.of(times[name]).median
+        results[name]["time of one network on as many rows"] = ratio(times[name], times[""])._asdict()
+        results[name]["peak of a step, MB"] = peak_memory(call, options.device) / 1e6
+    return results
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the results depend on."""
+    here = {name: value for name, value in vars(options).items() if name not in ("json", "png", "data_dir", "only")}
+    plain = {name: value if isinstance(value, int | float) else str(value) for name, value in here.items()}
+    return {**plain, "machine": machine(options.device)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What was found
+
+_COLUMNS = {
+    "member accuracy": "member acc",
+    "accuracy": "accuracy",
+    "nll": "NLL",
+    "nll, T fitted": "NLL, T",
+    "ece": "ECE",
+    "auroc, total": "AUROC, tot",
+    "auroc, epistemic": "AUROC, epi",
+    "disagreement": "disagree",
+    "pairwise kl": "KL",
+    "distance": "distance",
+}
+
+
+def report(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table: means over the seeds, below each its standard deviation; and what part of the classic gain is won."""
+    head = ["", *_COLUMNS.values(), "won acc", "won NLL", "parameters", "x limit", "peak MB"]
+    rows = [head]
+    for name, result in results.items():
+        values = {key: [run[key] for run in result["runs"]] for key in _COLUMNS}
+        won = [_won(results, name, key) for key in ("accuracy", "nll")]
+        rows.append(
+            [
+                name,
+                *(_number(mean(each)) for each in values.values()),
+                *("-" if part is None else f"{part:.0%}" for part in won),
+                f"{result['parameters']:,}",
+                f"{result['time of one network on as many rows']['median']:.2f}",
+                f"{result['peak of a step, MB']:.1f}",
+            ]
+        )
+        rows.append(["", *(f"±{_number(_deviation(each))}" for each in values.values()), "", "", "", "", ""])
+    return aligned(rows)
+
+
+def _won(results: Mapping[str, Mapping[str, Any]], name: str, key: str) -> float | None:
+    """The part of the classic ensemble's gain over a single network; None where one is missing, or gains nothing."""
+    if not {"single", "classic"} <= results.keys() or name in ("single", "classic"):
+        return None
+    mine, single, classic = (mean(run[key] for run in results[which]["runs"]) for which in (name, "single", "classic"))
+    return (mine - single) / (classic - single) if classic != single else None
+
+
+def _deviation(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if value < 100 else f"{value:.3g}"
+
+
+def draw(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
+    """Accuracy, NLL and the AUROC of epistemic uncertainty against parameters and time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 9), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(2, 3)
+    costs = {
+        "parameters": lambda result: result["parameters"],
+        "time of a step / one network on as many rows": lambda r: r["time of one network on as many rows"]["median"],
+    }
+    qualities = {
+        "accuracy": "accuracy (higher is better)",
+        "nll": "NLL (lower is better)",
+        "auroc, epistemic": "AUROC of epistemic uncertainty (higher is better)",
+    }
+    for row, (cost, of) in zip(axes, costs.items(), strict=True):
+        for ax, (key, label) in zip(row, qualities.items(), strict=True):
+            for i, (name, result) in enumerate(results.items()):
+                values = [run[key] for run in result["runs"]]
+                ax.errorbar(of(result), mean(values), _deviation(values), fmt="o", color=f"C{i % 10}", capsize=2)
+                ax.annotate(name, (of(result), mean(values)), (5, 4), textcoords="offset points", fontsize=8)
+            ax.set(xlabel=cost, ylabel=label, xscale="log" if cost == "parameters" else "linear")
+            ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", choices=["digits", "folder", "cifar10"], default="digits", help="the images (default: digits)")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where they are (default: data)")
+    add("--hold-out", type=int, default=2, metavar="N", help="classes kept from training, for OOD (default: 2)")
+    add("--model", default="mlp", help="mlp, cnn, or a torchvision model (default: mlp)")
+    add("--only", nargs="+", metavar="PATTERN", default=["*"], help="variants whose name matches one")
+    add("--members", type=positive, default=5, metavar="E", help="of an ensemble (default: 5)")
+    add("--epochs", type=positive, default=10, metavar="N", help="of the single network (default: 10)")
+    add("--batch-size", type=positive, default=32, metavar="B", help="default: 32")
+    add("--lr", type=float, default=1e-3, help="Adam's learning rate (default: 1e-3)")
+    add("--seeds", type=positive, default=5, metavar="N", help="runs of each variant (default: 5)")
+    add("--rounds", type=positive, default=7, metavar="N", help="of timing (default: 7)")
+    add("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
+    add("--no-compile", dest="compile", action="store_false", help="do not use torch.compile")
+    add("--json", type=Path, metavar="FILE", help="write the results there")
+    add("--png", type=Path, metavar="FILE", help="draw them there")
+    options = parser.parse_args(argv)
+    try:
+        task = make_task(options)
+        results = study(options, task)
+    except DataUnavailable as error:
+        sys.exit(f"quality.py: {error}")
+    title = (
+        f"{options.data}, {options.model}: {len(task.train.labels)} training and {len(task.test.labels)} test images "
+        f"of {task.classes} classes, {len(task.outside)} from outside; E={options.members}, {options.epochs} epochs, "
+        f"batch {options.batch_size}, Adam {options.lr:g}, {options.seeds} seeds; {machine(options.device)}"
+    )
+    print(f"{title}\n\n{report(results)}")
+    if options.json:
+        write_json({"settings": settings(options), "variants": results}, options.json)
+    if options.png:
+        draw(results, title, options.png)
+        print(f"\nplot: {options.png}")
+
+
+if __name__ == "__main__":
+    main()
