@@ -33,9 +33,13 @@ import functorch_ens as fe
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from data import DataUnavailable, Split, load, normalise
-from models import make_model
+from models import UnknownModel, make_model
 
 Params = Callable[[nn.Module, int, torch.Generator], fe.EnsembleParams]
+
+
+class Unusable(Exception):
+    """What was asked for cannot be done; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -116,23 +120,46 @@ class Task:
     test: Split
     outside: Tensor
     classes: int
+    strange: str
+    """What is outside."""
 
 
 def make_task(options: argparse.Namespace) -> Task:
-    """The data; what is outside it are held-out classes, of digits noise and rotated ones."""
+    """The data, and what is outside it: of digits noise and turned ones, else held-out classes, or SVHN where it is."""
     data = load(options.data, options.data_dir, None, options.device)
+    classes = list(range(len(data.classes)))
     if options.data == "digits":
         source = torch.Generator().manual_seed(0)
         noise = torch.randint(256, data.test.images.shape, generator=source, dtype=torch.uint8).to(options.device)
         turned = torch.rot90(data.test.images, 1, (-2, -1))
-        return Task(data.train, data.test, torch.cat([noise, turned]), len(data.classes))
-    classes = len(data.classes) - options.hold_out
+        return Task(data.train, data.test, torch.cat([noise, turned]), len(classes), "noise and turned digits")
+    if not 0 < options.hold_out < len(classes) - 1:
+        raise Unusable(f"--hold-out: expected 1 to {len(classes) - 2} of {len(classes)}, got {options.hold_out}")
+    every = len(classes) // options.hold_out
+    held = torch.tensor(classes[every - 1 :: every][: options.hold_out], device=options.device)
+    number = torch.tensor([-1 if label in held else label for label in classes], device=options.device)
+    number[number >= 0] = torch.arange(int((number >= 0).sum()), device=options.device)
 
     def known(split: Split) -> Split:
-        return Split(*(tensor[split.labels < classes] for tensor in split))
+        inside = ~torch.isin(split.labels, held)
+        return Split(split.images[inside], number[split.labels[inside]])
 
-    outside = torch.cat([split.images[split.labels >= classes] for split in (data.test, data.train)])
-    return Task(known(data.train), known(data.test), outside[: 4 * len(data.test.labels)], classes)
+    outside, name = _svhn(options), "SVHN"
+    if outside is None or outside.shape[1:] != data.test.images.shape[1:]:
+        outside = torch.cat([split.images[torch.isin(split.labels, held)] for split in (data.test, data.train)])
+        name = "images of " + " and ".join(data.classes[label] for label in held.tolist())
+    test = known(data.test)
+    return Task(known(data.train), test, outside[: 4 * len(test.labels)], len(classes) - len(held), name)
+
+
+def _svhn(options: argparse.Namespace) -> Tensor | None:
+    """The test images of SVHN, where the file is there."""
+    from torchvision.datasets import SVHN
+
+    try:
+        return torch.from_numpy(SVHN(options.data_dir, split="test").data).to(options.device)
+    except RuntimeError:
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -258,7 +285,7 @@ def study(options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
     """Every variant: what it answers, from each seed, and what it costs."""
     chosen = [v for v in variants() if any(fnmatchcase(v.name, pattern) for pattern in options.only)]
     if not chosen:
-        raise DataUnavailable(f"--only: {options.only} matches none of {[variant.name for variant in variants()]}")
+        raise Unusable(f"--only: {options.only} matches none of {[variant.name for variant in variants()]}")
     shape = tuple(task.train.images.shape[1:])
     has_norms = bool(parts(make_model(options.model, shape, task.classes))["norms"])
     chosen = [variant for variant in chosen if has_norms or not variant.needs_norms]
@@ -307,9 +334,14 @@ _COLUMNS = {
     "distance": "distance",
 }
 
+_LEGEND = """Means over the seeds, and below each its standard deviation. NLL, T: at a temperature fitted to the other half of the
+test images. AUROC: of telling what is outside by the total and by the epistemic uncertainty. KL: between two members.
+distance: of two members' weights, over their norm. won: the part of the classic ensemble's gain over the single network.
+x limit: the time of a step over that of one network fed E x B rows. peak MB: what a step holds above what it keeps."""
+
 
 def report(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table: means over the seeds, below each its standard deviation; and what part of the classic gain is won."""
+    """The table; `_LEGEND` says what is in it."""
     head = ["", *_COLUMNS.values(), "won acc", "won NLL", "parameters", "x limit", "peak MB"]
     rows = [head]
     for name, result in results.items():
@@ -394,14 +426,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         task = make_task(options)
         results = study(options, task)
-    except DataUnavailable as error:
+    except (DataUnavailable, UnknownModel, Unusable) as error:
         sys.exit(f"quality.py: {error}")
     title = (
         f"{options.data}, {options.model}: {len(task.train.labels)} training and {len(task.test.labels)} test images "
-        f"of {task.classes} classes, {len(task.outside)} from outside; E={options.members}, {options.epochs} epochs, "
+        f"of {task.classes} classes; outside: {len(task.outside)} {task.strange}; E={options.members}, "
+        f"{options.epochs} epochs, "
         f"batch {options.batch_size}, Adam {options.lr:g}, {options.seeds} seeds; {machine(options.device)}"
     )
-    print(f"{title}\n\n{report(results)}")
+    print(f"{title}\n\n{report(results)}\n\n{_LEGEND}")
     if options.json:
         write_json({"settings": settings(options), "variants": results}, options.json)
     if options.png:

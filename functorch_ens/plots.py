@@ -175,7 +175,7 @@ def uncertainty_plane(
     top = max(height.max(), 1e-6)  # of one network the epistemic uncertainty is 0 everywhere
     levels = torch.linspace(0, top, 21, dtype=torch.float64).tolist()
     filled = ax.contourf(x, z, height, levels=levels, cmap="BuPu")
-    ax.figure.colorbar(filled, ax=ax, label=f"{measure} uncertainty (nats)")
+    ax.figure.colorbar(filled, ax=ax, label=f"{measure} uncertainty (nats)", format="%.2f")
     colours: dict[str, Any] = (
         {"color": "white"} if labels is None else {"c": _array(labels) % 10, "cmap": "tab10", "vmin": 0, "vmax": 9}
     )
@@ -205,7 +205,7 @@ def training_curves(losses: Tensor, *, ax: Axes | None = None) -> Axes:
     from matplotlib.ticker import MaxNLocator
 
     lines = ax.plot(epochs, values, color=_BLUE, alpha=0.45, linewidth=1)
-    lines[0].set_label(f"{values.shape[1]} members")
+    lines[0].set_label("1 member" if values.shape[1] == 1 else f"{values.shape[1]} members")
     ax.plot(epochs, values.mean(1), color="black", linewidth=2, label="mean")
     ax.set(xlabel="epoch", ylabel="loss")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
