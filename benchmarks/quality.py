@@ -284,8 +284,6 @@ class SameRows(Trial):
 def study(options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
     """Every variant: what it answers, from each seed, and what it costs."""
     chosen = [v for v in variants() if any(fnmatchcase(v.name, pattern) for pattern in options.only)]
-    if not chosen:
-        raise Unusable(f"--only: {options.only} matches none of {[variant.name for variant in variants()]}")
     shape = tuple(task.train.images.shape[1:])
     has_norms = bool(parts(make_model(options.model, shape, task.classes))["norms"])
     chosen = [variant for variant in chosen if has_norms or not variant.needs_norms]
@@ -334,10 +332,11 @@ _COLUMNS = {
     "distance": "distance",
 }
 
-_LEGEND = """Means over the seeds, and below each its standard deviation. NLL, T: at a temperature fitted to the other half of the
-test images. AUROC: of telling what is outside by the total and by the epistemic uncertainty. KL: between two members.
-distance: of two members' weights, over their norm. won: the part of the classic ensemble's gain over the single network.
-x limit: the time of a step over that of one network fed E x B rows. peak MB: what a step holds above what it keeps."""
+_LEGEND = """Means over the seeds, and below each its standard deviation. NLL, T: at a temperature fitted to one half of
+the test images, on the other. AUROC: of telling what is outside by the total and by the epistemic uncertainty. KL:
+between two members. distance: of two members' weights, over their norm. won: the part of the classic ensemble's gain
+over the single network. x limit: the time of a step over that of one network fed E x B rows. peak MB: what a step
+holds above what it keeps."""
 
 
 def report(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -404,25 +403,40 @@ def draw(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
     figure.savefig(path, dpi=110)
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", choices=["digits", "folder", "cifar10"], default="digits", help="the images (default: digits)")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where they are (default: data)")
-    add("--hold-out", type=int, default=2, metavar="N", help="classes kept from training, for OOD (default: 2)")
-    add("--model", default="mlp", help="mlp, cnn, or a torchvision model (default: mlp)")
+    add("--hold-out", type=positive, default=2, metavar="N", help="classes kept from training, for OOD (default: 2)")
+    add("--model", default="mlp", help="mlp, cnn, or a torchvision model by name (default: mlp)")
     add("--only", nargs="+", metavar="PATTERN", default=["*"], help="variants whose name matches one")
     add("--members", type=positive, default=5, metavar="E", help="of an ensemble (default: 5)")
     add("--epochs", type=positive, default=10, metavar="N", help="of the single network (default: 10)")
-    add("--batch-size", type=positive, default=32, metavar="B", help="default: 32")
+    add("--batch-size", type=positive, default=32, metavar="B", help="images a step (default: 32)")
     add("--lr", type=float, default=1e-3, help="Adam's learning rate (default: 1e-3)")
     add("--seeds", type=positive, default=5, metavar="N", help="runs of each variant (default: 5)")
     add("--rounds", type=positive, default=7, metavar="N", help="of timing (default: 7)")
-    add("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
     add("--no-compile", dest="compile", action="store_false", help="do not use torch.compile")
-    add("--json", type=Path, metavar="FILE", help="write the results there")
-    add("--png", type=Path, metavar="FILE", help="draw them there")
+    add("--json", type=Path, default=Path("quality.json"), metavar="FILE", help="default: %(default)s")
+    add("--png", type=Path, default=Path("quality.png"), metavar="FILE", help="default: %(default)s")
     options = parser.parse_args(argv)
+    names = [variant.name for variant in variants()]
+    unknown = [p for p in options.only if not any(fnmatchcase(name, p) for name in names)]
+    if unknown:
+        parser.error(f"--only: {unknown[0]!r} matches none of {names}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but torch finds no GPU here; use --device cpu")
+    for path in (options.json, options.png):
+        if not path.absolute().parent.is_dir():
+            parser.error(f"--json, --png: there is no folder {path.parent}")
+    options.device = torch.device(options.device)
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
     try:
         task = make_task(options)
         results = study(options, task)
@@ -431,15 +445,13 @@ def main(argv: list[str] | None = None) -> None:
     title = (
         f"{options.data}, {options.model}: {len(task.train.labels)} training and {len(task.test.labels)} test images "
         f"of {task.classes} classes; outside: {len(task.outside)} {task.strange}; E={options.members}, "
-        f"{options.epochs} epochs, "
-        f"batch {options.batch_size}, Adam {options.lr:g}, {options.seeds} seeds; {machine(options.device)}"
+        f"{options.epochs} epochs, batch {options.batch_size}, Adam {options.lr:g}, {options.seeds} seeds; "
+        f"{machine(options.device)}"
     )
     print(f"{title}\n\n{report(results)}\n\n{_LEGEND}")
-    if options.json:
-        write_json({"settings": settings(options), "variants": results}, options.json)
-    if options.png:
-        draw(results, title, options.png)
-        print(f"\nplot: {options.png}")
+    write_json({"title": title, "settings": settings(options), "variants": results}, options.json)
+    draw(results, title, options.png)
+    print(f"\nresults: {options.json}\nplot: {options.png}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from tempfile import TemporaryFile
 import torch
 import torch.nn.functional as F
 from data import Data, DataUnavailable, Split, load, normalise, with_channels
-from einops import rearrange, reduce
 from models import UnknownModel, make_model
 from report import draw, table, write_json
 from torch import Tensor, nn
@@ -85,31 +84,26 @@ def train(
     return Trained(params, buffers, compile_seconds, median(seconds))
 
 
-def evaluate(
-    model: nn.Module, forward: fe.Forward, trained: Trained, split: Split, batch: int
-) -> dict[str, float | list[float]]:
+def evaluate(forward: fe.Forward, trained: Trained, split: Split, batch: int) -> dict[str, float | list[float]]:
     """Accuracy, negative log-likelihood and disagreement on `split`, and the seconds that its forward passes took."""
-    model.eval()
-    with torch.no_grad():
-        forward(trained.params, normalise(split.images[:1]), buffers=trained.buffers)
-        start = time.perf_counter()
-        logits = torch.cat(
-            [forward(trained.params, normalise(x), buffers=trained.buffers)[0] for x in split.images.split(batch)],
-            dim=1,
+
+    def predict(images: Tensor) -> Tensor:
+        logits: Tensor = fe.predict(
+            forward, trained.params, images, buffers=trained.buffers, batch_size=batch, prepare=normalise
         )
-        log_probs = logits.double().log_softmax(-1).cpu()  # [E, N, C]
-        seconds = time.perf_counter() - start
+        return logits.double().cpu()  # [E, N, C]
+
+    predict(split.images[:1])
+    start = time.perf_counter()
+    logits = predict(split.images)
+    seconds = time.perf_counter() - start
     labels = split.labels.cpu()
-    E = len(log_probs)
-    ensemble = log_probs.logsumexp(0) - math.log(E)  # the log of the mean probability
-    votes = log_probs.argmax(-1)  # [E, N]
-    differ = rearrange(votes, "e n -> e 1 n") != rearrange(votes, "e n -> 1 e n")
     return {
-        "member_accuracy": reduce((votes == labels).double(), "e n -> e", "mean").tolist(),
-        "ensemble_accuracy": (ensemble.argmax(-1) == labels).double().mean().item(),
-        "member_nll": [F.nll_loss(member, labels).item() for member in log_probs],
-        "ensemble_nll": F.nll_loss(ensemble, labels).item(),
-        "disagreement": differ.sum().item() / (max(1, E * (E - 1)) * len(labels)),
+        "member_accuracy": [fe.metrics.accuracy(member[None], labels).item() for member in logits],
+        "ensemble_accuracy": fe.metrics.accuracy(logits, labels).item(),
+        "member_nll": [fe.metrics.nll(member[None], labels).item() for member in logits],
+        "ensemble_nll": fe.metrics.nll(logits, labels).item(),
+        "disagreement": fe.disagreement(logits).mean().item(),
         "evaluate_seconds": seconds,
     }
 
@@ -136,7 +130,7 @@ def compare(data: Data, args: argparse.Namespace) -> dict[str, dict[str, float |
         trained = train(name, model, forward, params, data.train, args)
         results[name] = {
             "members": params.E,
-            **evaluate(model, forward, trained, data.test, batch=8 * args.batch_size),
+            **evaluate(forward, trained, data.test, batch=8 * args.batch_size),
             "parameters": sum(leaf.numel() for leaf in tree_leaves(params)),
             "bytes": sum(leaf.nbytes for leaf in tree_leaves((params, trained.buffers))),
             "epoch_seconds": trained.epoch_seconds,
@@ -183,7 +177,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=positive(int), default=20, metavar="N", help="passes over the data (default: %(default)s)")
     add("--batch-size", type=positive(int), default=32, metavar="B", help="images a step (default: %(default)s)")
     add("--lr", type=positive(float), default=1e-3, help="Adam's learning rate (default: %(default)s)")
-    add("--init", choices=["normal", "random_sign", "ones"], default="normal", help="of r and s (default: %(default)s)")
+    add(
+        "--init",
+        choices=["normal", "random_sign", "ones"],
+        default="random_sign",
+        help="of r and s (default: %(default)s)",
+    )
     add("--device", type=device, help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     add("--no-compile", dest="compile", action="store_false", help="do not use torch.compile")
     add("--seed", type=int, default=0, help="of the parameters and the order of the data (default: %(default)s)")

@@ -6,11 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
+import quality
 import torch
 from measure import Spread, interleaved, peak_memory, ratio
+from models import make_model
 from oracle import compiler
+from PIL import Image
+from tqdm import tqdm
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -89,7 +94,72 @@ def test_notebook_job(tmp_path: Path) -> None:
     assert len(results) == 4 and all(0 <= each["accuracy"] <= 1 and each["train"] > 0 for each in results.values())
 
 
-@pytest.mark.parametrize("script", ["vmap_vs_be.py", "notebook_job.py"])
+def test_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = ["single", "classic", "r, s", "+ first, last", "split", "own order"]
+    quality.main(
+        ["--only", *chosen, "--epochs", "2", "--seeds", "2", "--rounds", "2", "--members", "3", "--no-compile"]
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quality.json", "quality.png"]
+    found = json.loads((tmp_path / "quality.json").read_text())["variants"]
+    assert list(found) == ["single", "classic", "r, s", "+ first, last", "own order", "split"]
+    mlp, last, first = 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10, 128 * 10 + 10, 64 * 128 + 128
+    sizes = {"single": mlp, "classic": 3 * mlp, "r, s": mlp + 3 * (64 + 5 * 128 - 128 + 10)}
+    sizes["+ first, last"] = mlp + 2 * (first + last) + 3 * (128 + 128)
+    assert {name: found[name]["parameters"] for name in sizes} == sizes
+    for name, variant in found.items():
+        assert len(variant["runs"]) == 2 and variant["step, ms"] > 0
+        for run in variant["runs"]:
+            assert 0.1 < run["accuracy"] <= 1 and run["nll"] <= run["member nll"] + 1e-9
+            assert (run["disagreement"] == 0 and run["distance"] == 0) is (name == "single")
+        assert variant["runs"][0] != variant["runs"][1]
+    single, classic, be = (mean(run["nll"] for run in found[name]["runs"]) for name in ("single", "classic", "r, s"))
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[2 : 4 + 2 * len(found)]
+    assert len({len(line) for line in table}) == 1, "the columns do not line up"
+    assert (
+        next(line for line in table if line.startswith("r, s ")).split()[-4]
+        == f"{(be - single) / (classic - single):.0%}"
+    )
+
+
+def test_the_same_seed_gives_the_same_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the tensors were those of another run before."""
+    monkeypatch.chdir(tmp_path)
+    options = quality.parse(["--epochs", "1", "--no-compile"])
+    task = quality.make_task(options)
+    variant = next(variant for variant in quality.variants() if variant.name == "r, s")
+    trial = quality.Trial(variant, task, options)
+    first, _, again = (trial.run(seed, tqdm(disable=True)) for seed in (3, 4, 3))
+    assert {**first, "seconds": 0} == {**again, "seconds": 0}
+
+
+def test_classes_are_held_out(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for number in range(4):
+            folder = tmp_path / split / f"class {number}"
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8, 8), (10 * number, i, 0)).save(folder / f"{i}.png")
+    options = quality.parse(["--data", "folder", "--data-dir", str(tmp_path)])
+    task = quality.make_task(options)
+    assert task.classes == 2 and task.strange == "images of class 1 and class 3"
+    for part in (task.train, task.test):
+        assert part.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert part.images[:, 0, 0, 0].tolist() == [0, 0, 0, 20, 20, 20]
+    assert sorted(task.outside[:, 0, 0, 0].tolist()) == [10] * 6 + [30] * 6
+    model = make_model("cnn", (3, 8, 8), 2)
+    assert quality.parts(model) == {
+        "first": ["0.weight"],
+        "last": ["11.weight", "11.bias"],
+        "biases": ["11.bias"],
+        "norms": ["1.weight", "1.bias", "4.weight", "4.bias", "7.weight", "7.bias"],
+    }
+    with pytest.raises(quality.Unusable, match=r"--hold-out: expected 1 to 2 of 4, got 3"):
+        quality.make_task(quality.parse(["--data", "folder", "--data-dir", str(tmp_path), "--hold-out", "3"]))
+
+
+@pytest.mark.parametrize("script", ["vmap_vs_be.py", "notebook_job.py", "quality.py"])
 def test_help_and_bad_options_of_the_timed_scripts(script: str) -> None:
     assert "--members" in _run("--help", script=script).stdout
     for options in (["--members", "0"], ["--batch-size", "many"], ["--json", "nowhere/at/all.json"]):

@@ -13,8 +13,10 @@ from typing import Any
 import compare
 import data
 import models
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -47,6 +49,27 @@ def test_the_main_job_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith(("single", "classic", "BatchE", " " * 10))]
     assert len(table) == 4 and len({len(line) for line in table}) == 1, "the columns do not line up"
+
+
+def test_the_notebook_runs_and_is_kept_with_its_outputs(tmp_path: Path) -> None:
+    """From top to bottom, as a user runs it; what is in the repository was run too, and shows the same."""
+    notebook = nbformat.read(EXAMPLES / "batchensemble.ipynb", as_version=4)
+    kept = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    new = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+
+    def kinds(outputs: list[Any]) -> list[list[str]]:
+        shown = [[output for output in cell if output.get("name") != "stderr"] for cell in outputs]
+        return [sorted(kind for output in cell for kind in (output.get("data") or ["text"])) for cell in shown]
+
+    assert kinds(new) == kinds(kept)
+    assert sum("image/png" in cell for cell in kinds(new)) == 6
+    for outputs in (kept, new):
+        text = "".join(output.text for cell in outputs for output in cell if output.get("name") == "stdout")
+        assert "this ensemble" in text and "the same logits: True" in text
+        table = [line for line in text.splitlines() if line.startswith(("single", "classic ens", "BatchEnsemble "))]
+        accuracies = [float(line[28:40]) for line in table if line[40:].strip()]
+        assert len(accuracies) >= 3 and all(0.9 < value <= 1 for value in accuracies[-3:])
 
 
 def test_the_same_seed_gives_the_same_result(tmp_path: Path) -> None:
