@@ -91,6 +91,7 @@ def variants() -> list[Variant]:
         Variant("lr x 10", f"{signs}; r, s learn at ten times the rate", batch(), {"rank1_lr_factor": 10.0}),
         Variant("fixed", f"{signs}, and stay so", batch(), {"rank1_lr_factor": 0.0}),
         Variant("own order", f"{signs}; each member sees the data in an order of its own", batch(), sees="own"),
+        Variant("own order, lr x .1", "both", batch(), {"rank1_lr_factor": 0.1}, sees="own"),
         Variant("split", f"{signs}; each member gets 1/E of a batch", batch(), sees="split"),
         Variant("split, long", "the same for E times as many epochs", batch(), sees="split", epochs=0),
         Variant("long", f"{signs}; twice as many epochs", batch(), epochs=2),
@@ -126,7 +127,7 @@ class Task:
 
 def make_task(options: argparse.Namespace) -> Task:
     """The data, and what is outside it: of digits noise and turned ones, else held-out classes, or SVHN where it is."""
-    data = load(options.data, options.data_dir, None, options.device)
+    data = load(options.data, options.data_dir, options.image_size, options.device)
     classes = list(range(len(data.classes)))
     if options.data == "digits":
         source = torch.Generator().manual_seed(0)
@@ -409,6 +410,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", choices=["digits", "folder", "cifar10"], default="digits", help="the images (default: digits)")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where they are (default: data)")
     add("--hold-out", type=positive, default=2, metavar="N", help="classes kept from training, for OOD (default: 2)")
+    add("--image-size", type=positive, metavar="N", help="resize every image to N x N")
     add("--model", default="mlp", help="mlp, cnn, or a torchvision model by name (default: mlp)")
     add("--only", nargs="+", metavar="PATTERN", default=["*"], help="variants whose name matches one")
     add("--members", type=positive, default=5, metavar="E", help="of an ensemble (default: 5)")
