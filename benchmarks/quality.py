@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -381,10 +382,10 @@ def draw(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
     """Accuracy, NLL and the AUROC of epistemic uncertainty against parameters and time."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 9), layout="constrained")
+    figure = Figure(figsize=(17, 9), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(2, 3)
-    costs = {
+    costs: dict[str, Callable[[Mapping[str, Any]], float]] = {
         "parameters": lambda result: result["parameters"],
         "time of a step / one network on as many rows": lambda r: r["time of one network on as many rows"]["median"],
     }
@@ -393,15 +394,28 @@ def draw(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
         "nll": "NLL (lower is better)",
         "auroc, epistemic": "AUROC of epistemic uncertainty (higher is better)",
     }
+    markers = "osD^v"
     for row, (cost, of) in zip(axes, costs.items(), strict=True):
         for ax, (key, label) in zip(row, qualities.items(), strict=True):
+            taken: Counter[float] = Counter()
             for i, (name, result) in enumerate(results.items()):
-                values = [run[key] for run in result["runs"]]
-                ax.errorbar(of(result), mean(values), _deviation(values), fmt="o", color=f"C{i % 10}", capsize=2)
-                ax.annotate(name, (of(result), mean(values)), (5, 4), textcoords="offset points", fontsize=8)
+                values, at = [run[key] for run in result["runs"]], of(result)
+                taken[at] += 1
+                ax.errorbar(
+                    at * 1.03 ** (taken[at] - 1 if cost == "parameters" else 0),  # those of one size side by side
+                    mean(values),
+                    _deviation(values),
+                    fmt=markers[i // 10],
+                    color=f"C{i % 10}",
+                    ecolor=(f"C{i % 10}", 0.35),
+                    label=name,
+                )
             ax.set(xlabel=cost, ylabel=label, xscale="log" if cost == "parameters" else "linear")
             ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, dpi=110, format="png")
+    part.replace(path)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
