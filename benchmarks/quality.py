@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -215,7 +214,6 @@ class Trial:
         self.optimizer.state.clear()
         factor = self.variant.epochs or self.E
         source = torch.Generator().manual_seed(seed)
-        begun = time.perf_counter()
         fitted = fe.fit(
             self.step,
             self.params,
@@ -225,9 +223,8 @@ class Trial:
             generator=source,
             progress=False,
         )
-        seconds = time.perf_counter() - begun
         bar.update()
-        return {**self.answers(fitted), "seconds": seconds}
+        return self.answers(fitted)
 
     def answers(self, fitted: fe.Fitted) -> dict[str, float]:
         def predicted(images: Tensor) -> Tensor:
@@ -288,6 +285,12 @@ def study(options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
     chosen = [v for v in variants() if any(fnmatchcase(v.name, pattern) for pattern in options.only)]
     shape = tuple(task.train.images.shape[1:])
     has_norms = bool(parts(make_model(options.model, shape, task.classes))["norms"])
+    rows = options.batch_size * options.members
+    if rows > len(task.train.labels) or options.batch_size < options.members:
+        raise Unusable(
+            f"--batch-size: expected at least {options.members}, the number of members, and at most "
+            f"{len(task.train.labels) // options.members}, so that E x B images are there, got {options.batch_size}"
+        )
     chosen = [variant for variant in chosen if has_norms or not variant.needs_norms]
     trials: dict[str, Trial] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -301,6 +304,7 @@ def study(options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
                 "MB": megabytes((trial.params, trial.buffers)),
                 "runs": [trial.run(seed, bar) for seed in range(options.seeds)],
             }
+            write_json({"settings": settings(options), "variants": results}, options.json)  # in case the rest fails
     limit = SameRows(task, options)
     calls: dict[str, Callable[[], None]] = {name: trial.one_step for name, trial in trials.items()}
     times = interleaved({**calls, "": limit.one_step}, options.rounds, options.device)
@@ -334,8 +338,8 @@ _COLUMNS = {
     "distance": "distance",
 }
 
-_LEGEND = """Means over the seeds, and below each its standard deviation. NLL, T: of each fifth of the
-test images, at a temperature fitted to the others. AUROC: of telling what is outside by the total and by the epistemic uncertainty. KL:
+_LEGEND = """Means over the seeds, and below each its standard deviation. NLL, T: of each fifth of the test images, at a
+temperature fitted to the others. AUROC: of telling what is outside by the total and by the epistemic uncertainty. KL:
 between two members. distance: of two members' weights, over their norm. won: the part of the classic ensemble's gain
 over the single network. x limit: the time of a step over that of one network fed E x B rows. peak MB: what a step
 holds above what it keeps."""
@@ -367,7 +371,8 @@ def _won(results: Mapping[str, Mapping[str, Any]], name: str, key: str) -> float
     if not {"single", "classic"} <= results.keys() or name in ("single", "classic"):
         return None
     mine, single, classic = (mean(run[key] for run in results[which]["runs"]) for which in (name, "single", "classic"))
-    return (mine - single) / (classic - single) if classic != single else None
+    gain = classic - single
+    return (mine - single) / gain if (gain > 0) is (key == "accuracy") and gain else None
 
 
 def _deviation(values: list[float]) -> float:

@@ -28,7 +28,8 @@ def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> N
             `get_state()` of a generator; tensors, numbers and text in dicts, lists and tuples.
         path: the file; its folder is made where it is not there.
 
-    Raises: TypeError where `state` is no dict; OSError where the file cannot be written.
+    Raises: TypeError where `state` is no dict, or holds what cannot be read without running code (numpy's numbers are
+        such: give `float(x)`); OSError where the file cannot be written.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"state: expected a dict, got {type(state).__name__}")
@@ -40,6 +41,11 @@ def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> N
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())  # the move must not be on the disk before what it moves is
+        try:
+            _read(part, mmap=True)  # what could not be read again is of no use; the tensors are not read for that
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise TypeError(f"state: expected tensors, numbers and text in dicts and lists: {reason}") from error
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -52,12 +58,17 @@ def load_checkpoint(path: str | os.PathLike[str], *, device: torch.device | str 
         and text.
     """
     try:
-        with torch.serialization.safe_globals([EnsembleParams]):
-            state = torch.load(path, map_location=device, weights_only=True)
+        state = _read(path, map_location=device)
     except FileNotFoundError:
         raise
     except Exception as error:  # a broken zip, a pickle that is not whole or not allowed: torch raises many kinds
-        raise ValueError(f"path: {os.fspath(path)!r} is no checkpoint that can be read: {error}") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"path: {os.fspath(path)!r} is no checkpoint that can be read: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"path: {os.fspath(path)!r} holds no dict, but {type(state).__name__}")
     return state
+
+
+def _read(path: str | os.PathLike[str], **options: Any) -> Any:
+    with torch.serialization.safe_globals([EnsembleParams]):
+        return torch.load(path, weights_only=True, **options)

@@ -65,3 +65,13 @@ def check_of_members(value: Any, E: int | None, argument: str) -> Tensor:
     if value.ndim == 0 or (E is not None and value.shape[0] != E):
         raise ValueError(f"{argument}: expected {wanted}, one for each member, got the shape {list(value.shape)}")
     return value
+
+
+def shown(value: Any) -> str:
+    """`value` for an error message: of a tensor its shape, of a collection what is in it."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        inner = ", ".join(map(shown, value))
+        return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+    return repr(value)

@@ -14,14 +14,14 @@ import torch._inductor
 # the code of this package and of torch. A thousand such guards take longer than a small step does. Not among them: the
 # user's model, its classes, and the functions that it keeps, which its template shares.
 _FIXED = (
-    r"^self\._forward\._(expected|convolutions|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
+    r"^self\.forward\._(expected|convolutions|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
     r"(?!.*__(closure|code|defaults|kwdefaults|globals|func|self)__)"
     r"|^G\['__(import_(torch|functorch_ens|einops|contextlib)(_dot_\w+)?|builtins_dict_\w*)'\]|^__import__\('torch'\)"
 )
 
 
 def compiled_method(method: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """`method`, of an object with a `_forward`, by torch.compile with `options`."""
+    """`method`, of an object with a `forward`, by torch.compile with `options`."""
     bound: Any = method
     function = bound.__func__
     names = "|".join(name for name in function.__globals__ if not name.startswith("__"))

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from functorch_ens.checkpoint import load_checkpoint, save_checkpoint
-from functorch_ens.checks import check_generator, check_option, check_positive_int
+from functorch_ens.checks import check_generator, check_option, check_positive_int, shown
 from functorch_ens.params import EnsembleParams
 from functorch_ens.randomness import RandomState
 from functorch_ens.stopping import Patience
@@ -79,12 +79,14 @@ def fit(
             batch is what `step` takes after `params`: a tensor, or a tuple or list of them.
         epochs: how many.
         buffers: `ensemble_buffers`, for a model that has some.
-        generator: what `batches` gets; its state is kept in the checkpoint. None is a new one, seeded by torch's.
+        generator: what `batches` gets; its state is kept in the checkpoint (give the one of a DataLoader here too).
+            None is a new one, seeded by torch's.
         scheduler: of torch.optim.lr_scheduler, over the optimiser of `step`.
         schedule_by: when the scheduler makes its step: after each `"epoch"`, or after each `"step"`.
-        evaluate: `evaluate(params, buffers)` after each epoch returns numbers or tensors by name. Use `predict`, which
-            is in eval mode.
-        monitor: the name of a number, or of a tensor `[E]`, in what `evaluate` returns: less of it is better.
+        evaluate: `evaluate(params, buffers)` after each epoch returns numbers or tensors by name, the same ones each
+            time. Use `predict`, which is in eval mode.
+        monitor: the name of a number, or of a tensor `[E]`, in what `evaluate` returns: less of it is better (of an
+            accuracy return `-accuracy`).
         patience: stop a member when `monitor` has not been less for so many epochs. At the end every member is what it
             was at its best. Members that share trained tensors stop together, by their mean.
         checkpoint: a file that is written, whole, after each epoch. Where it is there already the run goes on from it:
@@ -92,11 +94,13 @@ def fit(
             dropout, as far as these draw from `generator` and from torch's global generators.
         progress: show a bar with the loss of each member; None: at a terminal.
 
+    A member of a classic ensemble whose loss is nan or infinite is named in a warning, and stopped as it was before
+    that step; the others go on, untouched by it. (To see it, each step waits for the device; your own loop need not.)
+
     Raises:
-        TypeError, ValueError: for an argument of the wrong kind, an epoch without batches, a checkpoint of other
-            parameters; as `step` does.
-        FloatingPointError: a loss is nan or infinite, and all members share trained tensors, or none is left. A member
-            of a classic ensemble is named in a warning, and stopped; the others go on, untouched by it.
+        TypeError, ValueError: for an argument of the wrong kind, an epoch without batches, a checkpoint of another run;
+            as `step` does.
+        FloatingPointError: a loss is not finite, and all members share trained tensors, or all have failed so.
     """
     if not isinstance(step, TrainStep):
         raise TypeError(f"step: expected a train step (from make_train_step), got {step!r}")
@@ -107,6 +111,15 @@ def fit(
     check_option(schedule_by, ("epoch", "step"), "schedule_by")
     if patience is not None:
         check_positive_int(patience, "patience")
+    if scheduler is not None:
+        if not callable(getattr(scheduler, "step", None)):
+            raise TypeError(f"scheduler: expected one of torch.optim.lr_scheduler, got {scheduler!r}")
+        if getattr(scheduler, "optimizer", step.optimizer) is not step.optimizer:
+            raise ValueError(
+                f"scheduler: expected one over the optimizer of step, got {type(scheduler).__name__} of another"
+            )
+        if isinstance(scheduler, ReduceLROnPlateau) and schedule_by == "step":
+            raise ValueError('schedule_by: ReduceLROnPlateau looks at what is evaluated by "epoch", got "step"')
     if monitor is None and (patience is not None or isinstance(scheduler, ReduceLROnPlateau)):
         raise ValueError("monitor: expected the name of what is to become less, for patience or ReduceLROnPlateau")
     if monitor is not None and evaluate is None:
@@ -115,19 +128,21 @@ def fit(
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None and file.exists():
         run.resume(file)
-        log.info("%s: goes on after epoch %d of %d", file, run.epoch, epochs)
-    with tqdm(disable=None if progress is None else not progress, unit="step") as bar:
-        while run.epoch < epochs and len(run.stopped) < params.E:
-            run.one_epoch(batches, scheduler if schedule_by == "step" else None, bar, epochs)
-            run.evaluate(evaluate, monitor)
-            if scheduler is not None and schedule_by == "epoch":
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    scheduler.step(run.history[-1][str(monitor)].double().mean())
-                else:
-                    scheduler.step()
-            if file is not None:
-                save_checkpoint(run.state(), file)
-    return run.result()
+        level = logging.INFO if run.epoch < epochs else logging.WARNING  # which is not what was asked for, perhaps
+        log.log(level, "%s: goes on after epoch %d of %d", file, run.epoch, epochs)
+    before = set(step.stopped)
+    try:
+        with tqdm(disable=None if progress is None else not progress, unit="step") as bar:
+            while run.epoch < epochs and len(run.stopped) < params.E:
+                run.one_epoch(batches, scheduler if schedule_by == "step" else None, bar, epochs)
+                run.evaluate(evaluate, monitor)
+                if schedule_by == "epoch":
+                    run.schedule(monitor)
+                if file is not None:
+                    save_checkpoint(run.state(), file)
+        return run.result()
+    finally:
+        step.stopped = before
 
 
 class _Run:
@@ -149,26 +164,25 @@ class _Run:
         self._scheduler = scheduler
         self._together = bool(step.trained(params).params.shared)
         self._patience = None if patience is None else Patience(patience, params.E, self._together)
+        self._failed: set[int] = set()
         self.epoch = 0
         self.history: list[dict[str, Tensor]] = []
-        self.stopped: dict[int, str] = {}
+        self.stopped: dict[int, str] = dict.fromkeys(sorted(step.stopped), "it was stopped before")
 
     def one_epoch(self, batches: Batches, scheduler: Any, bar: Any, epochs: int) -> None:
+        """Go through the batches once."""
         given: Any = batches(self._generator) if callable(batches) else batches
-        if self.epoch == 0 or bar.total is None:
-            bar.total = epochs * len(given) if hasattr(given, "__len__") else None
+        if bar.total is None and hasattr(given, "__len__"):
+            bar.total, bar.n = epochs * len(given), self.epoch * len(given)
         total: Tensor | None = None
         count = 0
-        unread: Tensor | None = None
         for batch in given:
             batch = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            losses = self._step(self._params, *batch, buffers=self._buffers)
-            if self._buffers is not None:
-                losses, self._buffers = losses
-            finite = losses.isfinite()
-            # Of a GPU, the step before: to read the last would be to wait for it.
-            self._stop_failed(finite if losses.device.type == "cpu" else unread, count)
-            unread = finite
+            found = self._step.gradients(self._params, *batch, buffers=self._buffers)
+            self._stop_failed(found.losses, count)
+            new = self._step.update(self._params, found, self._buffers)
+            self._buffers = None if self._buffers is None else new
+            losses = found.losses.to(torch.promote_types(found.losses.dtype, torch.float32))
             total = losses.clone() if total is None else total + losses
             count += 1
             if scheduler is not None:
@@ -180,7 +194,6 @@ class _Run:
                 f"batches: expected at least one batch in an epoch, got none in epoch {self.epoch + 1}; an iterator "
                 "lasts for one: give a collection, or a function that makes one"
             )
-        self._stop_failed(unread, count - 1)
         self._show(bar, total / count, epochs)
         self.history.append({"loss": (total / count).cpu()})
         self.epoch += 1
@@ -189,9 +202,10 @@ class _Run:
         bar.set_description(f"epoch {self.epoch + 1} of {epochs}", refresh=False)
         bar.set_postfix_str(f"loss {_shown(losses)}", refresh=False)
 
-    def _stop_failed(self, finite: Tensor | None, count: int) -> None:
-        """Stop members whose loss has become nan or infinite; FloatingPointError where no other can go on."""
-        if finite is None or finite.all():
+    def _stop_failed(self, losses: Tensor, count: int) -> None:
+        """Stop members whose loss is nan or infinite; FloatingPointError where no other can go on."""
+        finite = losses.isfinite()
+        if finite.all():
             return
         failed = [i for i, good in enumerate(finite.tolist()) if not good and i not in self.stopped]
         if not failed:
@@ -200,40 +214,54 @@ class _Run:
         if self._together:
             raise FloatingPointError(f"members {failed}: {where}; all members share trained tensors, so none can go on")
         self._stop(failed, where)
-        log.warning("members %s: %s; they are trained no more, and the others go on", failed, where)
-        if len(self.stopped) == self._params.E:
+        self._failed.update(failed)
+        if len(self._failed) == self._params.E:
             raise FloatingPointError(f"members {failed}: {where}; no member is left")
+        log.warning("members %s: %s; they are trained no more, and the others go on", failed, where)
 
     def _stop(self, members: list[int], why: str) -> None:
         new = [member for member in members if member not in self.stopped]
         self.stopped.update(dict.fromkeys(new, why))
         if not self._together:
-            self._step.stop(*new)
+            self._step.stopped.update(new)
 
     def evaluate(self, evaluate: Any, monitor: str | None) -> None:
         """Add what `evaluate` finds to the history, and let early stopping look at what it monitors."""
-        if evaluate is None:
-            return
-        with torch.no_grad():
-            found = evaluate(self._params, self._buffers)
-        if not isinstance(found, Mapping) or "loss" in found:
-            raise ValueError(f'evaluate: expected a dict of results, "loss" not among them, got {found!r}')
-        results = {name: torch.as_tensor(value).detach().cpu() for name, value in found.items()}
+        results: dict[str, Tensor] = {}
+        if evaluate is not None:
+            with torch.no_grad(), self._step.forward.mode():
+                found = evaluate(self._params, self._buffers)
+            if not isinstance(found, Mapping) or "loss" in found:
+                raise ValueError(f'evaluate: expected a dict of results, "loss" not among them, got {shown(found)}')
+            results = {name: torch.as_tensor(value).detach().cpu() for name, value in found.items()}
         self.history[-1].update(results)
+        now, first = ({name: list(value.shape) for name, value in self.history[i].items()} for i in (-1, 0))
+        if now != first:
+            raise ValueError(f"evaluate: expected the results of the epochs before, {first}, got {now}")
         if monitor is None:
             return
-        E = self._params.E
-        value = results.get(monitor)
+        E, value = self._params.E, results.get(monitor)
         if value is None or value.shape not in ((), (E,)):
-            raise ValueError(f"monitor: expected {monitor!r}, a number or [{E}], in what evaluate returns, got {found}")
+            raise ValueError(f"monitor: expected {monitor!r}, a number or [{E}], in what evaluate returns, got {now}")
         if self._patience is not None:
             late = self._patience.look(value.expand(E), self._params, self._buffers)
             self._stop(late, f"no better {monitor} after epoch {self.epoch - self._patience.epochs}")
 
+    def schedule(self, monitor: str | None) -> None:
+        """The scheduler's step after an epoch."""
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            value = self.history[-1][str(monitor)].double().expand(self._params.E)
+            trained = [i for i in range(self._params.E) if i not in self.stopped]
+            if trained:
+                self._scheduler.step(value[trained].mean())
+        elif self._scheduler is not None:
+            self._scheduler.step()
+
     def result(self) -> Fitted:
-        buffers = self._buffers
+        buffers = self._buffers and {name: buffer.clone() for name, buffer in self._buffers.items()}
         if self._patience is not None:
-            buffers = self._patience.put_back(self._params, buffers)
+            kept = self._patience.put_back(self._params)
+            buffers = None if buffers is None else kept
         history = {name: torch.stack([row[name] for row in self.history]) for name in self.history[0]}
         return Fitted(self._params, buffers, history, self.stopped)
 
@@ -249,23 +277,38 @@ class _Run:
             "history": self.history,
             "patience": None if self._patience is None else self._patience.state_dict(),
             "stopped": self.stopped,
+            "failed": sorted(self._failed),
+            "kinds": self._kinds(),
         }
+
+    def _kinds(self) -> dict[str, str]:
+        """What must be the same for the state of one run to be that of another."""
+        parts = {"optimizer": self._step.optimizer, "scheduler": self._scheduler, "patience": self._patience}
+        tensors = {**self._params.shared, **self._params.stacked, **(self._buffers or {})}
+        shapes = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+        return {**{name: type(part).__name__ for name, part in parts.items()}, **shapes}
 
     def resume(self, file: Path) -> None:
         """Become the run that was written to `file`."""
-        state = load_checkpoint(file, device="cpu")
+        try:
+            state = load_checkpoint(file, device="cpu")
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {error}") from error
         missing = self.state().keys() - state.keys()
         if missing:
             raise ValueError(f"checkpoint: {os.fspath(file)!r} is not one that fit wrote: it has no {sorted(missing)}")
-        differ = _shapes(self._params) ^ _shapes(state["params"])
-        if differ or (self._buffers or {}).keys() != (state["buffers"] or {}).keys():
+        here, there = self._kinds(), state["kinds"]
+        differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        if differ:
+            name = differ[0]
             raise ValueError(
-                f"checkpoint: {os.fspath(file)!r} is of a run with other parameters or buffers, such as "
-                f"{sorted(differ)[:2]}; give another file, or remove this one"
+                f"checkpoint: {os.fspath(file)!r} is of another run: {name} is {there.get(name)} there, and "
+                f"{here.get(name)} here; give another file, or remove this one"
             )
-        for name in ("scheduler", "patience"):
-            if (state[name] is None) is not (getattr(self, f"_{name}") is None):
-                raise ValueError(f"{name}: the run in {os.fspath(file)!r} was with it or without, and this is not")
+        try:  # first, for it says where its groups differ
+            self._step.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {os.fspath(file)!r} is of another optimizer: {error}") from error
         self.epoch, self.history = state["epoch"], state["history"]
         with torch.no_grad():
             for mine, theirs in zip(self._params, state["params"], strict=True):
@@ -273,19 +316,15 @@ class _Run:
                     tensor.copy_(theirs[name])
         if self._buffers is not None:
             self._buffers = {name: state["buffers"][name].to(own.device) for name, own in self._buffers.items()}
-        self._step.optimizer.load_state_dict(state["optimizer"])
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
         if self._patience is not None:
-            self._patience.load_state_dict(state["patience"])
+            self._patience.load_state_dict(state["patience"], self._params, self._buffers or {})
         self._generator.set_state(state["generator"])
         RandomState(*state["random"]).restore()
+        self._failed = set(state["failed"])
         for member, why in state["stopped"].items():
             self._stop([member], why)
-
-
-def _shapes(params: EnsembleParams) -> set[tuple[str, tuple[int, ...]]]:
-    return {(name, tuple(tensor.shape)) for part in params for name, tensor in part.items()}
 
 
 def _shown(losses: Tensor) -> str:

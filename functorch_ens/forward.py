@@ -153,8 +153,8 @@ class Forward:
             finally:
                 call.check_parameters()
 
-    def mode(self, *, training: bool) -> AbstractContextManager[None]:
-        """For a `with` block: the model in training mode, or in eval mode, whatever it is in outside."""
+    def mode(self, *, training: bool | None = None) -> AbstractContextManager[None]:
+        """For a `with` block: the model in training mode, or in eval mode, or as it is; afterwards as it was before."""
         return self._template.mode(training)
 
     def check(self, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> int:

@@ -63,9 +63,19 @@ def member_losses(
     dims = (0, 0 if member_targets else None, 0)
     try:
         losses = vmap(of_one, in_dims=dims, randomness="different")(stacked, given, own)
-    except (RuntimeError, IndexError) as error:
-        if "out of bounds" in str(error) and len(stacked) == len(given) == 1:
+    except Exception as error:
+        if len(stacked) == len(given) == 1:
             _check_labels(given[0], stacked[0], int(member_targets))
+            if not member_targets and stacked[0].shape[:1] == given[0].shape[:1] != stacked[0].shape[1:2]:
+                raise ValueError(
+                    "outputs: expected members first, and then the rows of the target, [E, B, ...]; one network's are "
+                    f"outputs[None]; got outputs {list(stacked[0].shape)} and a target {list(given[0].shape)}"
+                ) from error
+        error.add_note(
+            "functorch_ens: this is the loss of one member, called with outputs[i] of the shapes "
+            f"{[list(tensor.shape[1:]) for tensor in stacked]}; a function that takes numbers, and not tensors, cannot "
+            "be given values of each member's own (functorch_ens.cross_entropy can)"
+        )
         raise
     if losses.ndim != 1:
         raise ValueError(
@@ -85,11 +95,14 @@ def check_values(values: Mapping[str, Tensor] | None, E: int | None = None) -> d
 
 
 def _check_labels(labels: Tensor, logits: Tensor, member_axis: int) -> None:
-    """ValueError, with the first of them, where class labels are out of range. The classes: axis 1 of one member."""
+    """ValueError, with the first of them, where class labels are out of range. The classes: axis 1 of one member.
+
+    -100 is what torch.nn.functional ignores.
+    """
     if labels.is_floating_point() or logits.ndim < 3 or labels.ndim != logits.ndim - 2 + member_axis:
         return
     classes = logits.shape[2]
-    wrong = torch.nonzero((labels < 0) | (labels >= classes))
+    wrong = torch.nonzero(((labels < 0) | (labels >= classes)) & (labels != -100))
     if len(wrong):
         first = wrong[0].tolist()
         raise ValueError(
@@ -109,11 +122,19 @@ def cross_entropy(
     torch.Size([5])
 
     Args:
-        logits: `[B, C]`.
-        y: class labels `[B]`, integers.
-        label_smoothing: the share of the target that is spread evenly over all C classes, 0 <= it < 1
+        logits: `[B, C]`, or `[B, C, ...]`.
+        y: class labels `[B]`, or `[B, ...]`, integers; those of -100 are left out.
+        label_smoothing: the share of the target that is spread evenly over all C classes, from 0 to 1
             (Szegedy et al. 2016, as `torch.nn.functional.cross_entropy` has it).
         temperature: what the logits are divided by, > 0.
+
+    Raises: ValueError where one of the last two is a number out of this range. (A tensor is not looked into.)
     """
-    log_probs = (logits / temperature).log_softmax(-1)
-    return (1 - label_smoothing) * F.nll_loss(log_probs, y) - label_smoothing * log_probs.mean()
+    if not isinstance(label_smoothing, Tensor) and not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected 0 <= it <= 1, got {label_smoothing!r}")
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
+    log_probs = (logits / temperature).log_softmax(1)
+    counted = y != -100
+    even = torch.where(counted, log_probs.mean(1), 0).sum() / counted.sum()
+    return (1 - label_smoothing) * F.nll_loss(log_probs, y) - label_smoothing * even

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,12 +41,13 @@ def param_groups(
     Args:
         params: what is to be trained; tensors that need no gradient are left out.
         rank1_lr_factor: what `lr` is multiplied by for r and s.
-        rank1_weight_decay: the weight decay of r and s, where `weight_decay` is given: none, as in the paper, for it
-            would draw them to 0, and the members' weights with them.
-        values: hyperparameters of the optimiser (`lr`, `weight_decay`, `betas`, ...). A tensor `[E]` has one for each
-            member. Each member's tensors are then a group of their own, slices of the stacked ones, which
-            `make_train_step` knows as such, as is anything that the optimiser computes over a tensor as a whole.
-            Tensors that all members share cannot have E values of anything.
+        rank1_weight_decay: the weight decay of r and s, also where the optimiser has one by default (AdamW): none, as
+            in the paper, for it would draw them to 0, and the members' weights with them.
+        values: hyperparameters of the optimiser (`lr`, `weight_decay`, `betas`, ...). A tensor, array or list `[E]` has
+            one for each member (but a list of `betas` is one pair). Each member's tensors are then a group of their
+            own, slices of the stacked ones, which `make_train_step` knows as such; what an optimiser computes over a
+            tensor as a whole is then also of that member alone. Tensors that all members share cannot have E values
+            of anything.
 
     Raises:
         TypeError: `params` is no `EnsembleParams`.
@@ -58,6 +60,11 @@ def param_groups(
     factor = check_number(rank1_lr_factor, "rank1_lr_factor", minimum=0.0)
     if factor != 1 and "lr" not in values:
         raise ValueError(f"rank1_lr_factor: expected lr too, which it multiplies, got {factor:g} alone")
+    if not isinstance(rank1_weight_decay, Tensor):
+        check_number(rank1_weight_decay, "rank1_weight_decay", minimum=0.0)
+    for key, value in values.items():
+        if hasattr(value, "__array__") or (isinstance(value, list) and key != "betas"):
+            values[key] = torch.as_tensor(value, dtype=torch.float64)
     shared = [tensor for tensor in params.shared.values() if tensor.requires_grad]
     for key, value in values.items():
         if shared and _by_member(value):
@@ -66,11 +73,9 @@ def param_groups(
                 f"{len(shared)} trained tensors; only a classic ensemble has members of their own throughout"
             )
     vectors = {vector for name in params.shared for vector in rank1_names(name)}
-    of_rank1 = dict(values)
+    of_rank1 = {**values, "weight_decay": rank1_weight_decay}
     if "lr" in values:
         of_rank1["lr"] = values["lr"] * factor
-    if "weight_decay" in values:
-        of_rank1["weight_decay"] = rank1_weight_decay
     groups = [{"name": "shared", "params": shared, **values}] if shared else []
     for kind, mine in (("rank-1", of_rank1), ("stacked", values)):
         stacks = [t for name, t in params.stacked.items() if (name in vectors) is (kind == "rank-1")]
@@ -137,9 +142,10 @@ class Trained:
                 self._whole[names[id(tensor)]] = tensor
             else:
                 self._slices.append((*places[_place(tensor)], tensor))
-        twice = [name for name, _, _ in self._slices if name in self._whole]
+        count = Counter((name, i) for name, i, _ in self._slices)
+        twice = [name for (name, _), times in count.items() if times > 1 or name in self._whole]
         if twice:
-            raise ValueError(f"params: the optimizer trains {twice[0]} as a whole, and members' slices of it too")
+            raise ValueError(f"params: the optimizer trains {twice[0]} twice: as a whole and by members, or one again")
         chosen = {*self._whole, *(name for name, _, _ in self._slices)}
         self.params, self.fixed = (
             EnsembleParams(
@@ -180,12 +186,17 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def clipped(
-    gradients: dict[str, Tensor], stacked: Collection[str], max_norm: float, by: str, eps: float = 1e-6
+    gradients: dict[str, Tensor],
+    stacked: Collection[str],
+    stopped: Collection[int],
+    max_norm: float,
+    by: str,
+    eps: float = 1e-6,
 ) -> dict[str, Tensor]:
     """The gradients, scaled down where their norm is above `max_norm`, as `torch.nn.utils.clip_grad_norm_` does it.
 
     By `"member"` each member's own gradients `[i]` have a norm, and those of what all share have one; by `"ensemble"`
-    there is one over all. In that one, members whose gradients are not finite do not count: they spoil no other.
+    there is one over all. In that one, members that have stopped, or whose gradients are not finite, do not count.
     """
     own = {name: gradient for name, gradient in gradients.items() if name in stacked}
     squares = [_sum_of_squares(gradient, 1) for gradient in own.values()]  # [E] each
@@ -193,10 +204,13 @@ def clipped(
     rest = [_sum_of_squares(gradient, 0) for name, gradient in gradients.items() if name not in own]
     shared = torch.stack(rest).sum() if rest else None
     if by == "ensemble":
-        finite = [] if members is None else [torch.where(members.isfinite(), members, 0).sum()]
-        total = torch.stack([*finite, *([] if shared is None else [shared])]).sum()
-        shared = total
-        members = None if members is None else total.expand_as(members)
+        parts = [] if shared is None else [shared]
+        if members is not None:
+            counts = members.isfinite()
+            counts[sorted(stopped)] = False
+            parts.append(torch.where(counts, members, 0).sum())
+        shared = torch.stack(parts).sum()
+        members = None if members is None else shared.expand_as(members)
 
     def scale(square: Tensor) -> Tensor:
         return (max_norm / (square.sqrt() + eps)).clamp(max=1)
@@ -214,9 +228,10 @@ def clipped(
 
 
 def _sum_of_squares(tensor: Tensor, keep: int) -> Tensor:
-    """Over all axes but the first `keep`."""
-    norm = torch.linalg.vector_norm(tensor, dim=tuple(range(keep, tensor.ndim))) if tensor.ndim > keep else tensor.abs()
-    return norm.square()
+    """Over all axes but the first `keep`; of half precision in float32, which has room for squares."""
+    tensor = tensor.abs()
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square()
+    return tensor.sum(tuple(range(keep, tensor.ndim))) if tensor.ndim > keep else tensor
 
 
 def with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -226,12 +241,25 @@ def with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(parameter).copy_(gradient)
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its numbers fill a stretch of memory, in any order: fused kernels go over all that is in it."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def use_fused_kernels(optimizer: Optimizer) -> None:
     """Turn `fused` on where it was left open, as torch itself does not on a CPU."""
     if optimizer.state:  # kept as the unfused step has begun it
         return
     for group in optimizer.param_groups:
         open_to_it = "fused" in group and group["fused"] is None and not group["foreach"]
-        served = all(tensor.is_floating_point() and tensor.device.type in _FUSED_DEVICES for tensor in group["params"])
+        served = all(
+            tensor.is_floating_point() and tensor.device.type in _FUSED_DEVICES and _is_dense(tensor)
+            for tensor in group["params"]
+        )
         if open_to_it and served and not group.get("differentiable"):
             group["fused"] = True

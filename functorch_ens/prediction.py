@@ -10,9 +10,10 @@ from einops import repeat
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from functorch_ens.checks import check_positive_int
+from functorch_ens.checks import check_positive_int, shown
 from functorch_ens.forward import Forward
 from functorch_ens.params import EnsembleParams
+from functorch_ens.trees import Form, take_apart
 
 
 def predict(
@@ -41,28 +42,38 @@ def predict(
             model.
         kwargs: go to the model with every batch.
 
-    Returns: the output, each tensor `[E, N, ...]`. The model is left in the mode that it was in.
+    Returns: the output, any pytree or dataclass, each tensor `[E, N, ...]`. The model is left in its mode.
 
-    Raises: TypeError or ValueError where `inputs` are not tensors of one length N > 0, and as `forward` does.
+    Raises: TypeError or ValueError where `inputs` are not tensors of one length N > 0, where a tensor in the output is
+        not `[E, B, ...]`, and as `forward` does.
     """
     size = check_positive_int(batch_size, "batch_size")
     if not isinstance(forward, Forward):
         raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {forward!r}")
     wrong = [x for x in inputs if not isinstance(x, Tensor)]
     if wrong or not inputs:
-        raise TypeError(f"inputs: expected tensors [N, ...], got {wrong[0] if wrong else 'none'!r}")
+        raise TypeError(f"inputs: expected tensors [N, ...], got {shown(wrong[0]) if wrong else 'none'}")
     shapes = [list(x.shape) for x in inputs]
     if len({tuple(shape[:1]) for shape in shapes}) != 1 or not shapes[0] or not shapes[0][0]:
         raise ValueError(f"inputs: expected tensors of one length [N, ...], N > 0, got the shapes {shapes}")
-    outputs = []
+    E = forward.check(params, buffers)
+    parts: list[list[Tensor]] = []
+    forms: list[Form] = []
     with torch.no_grad(), forward.mode(training=False):
         for batch in zip(*(x.split(size) for x in inputs), strict=True):
             given = batch if prepare is None else prepare(*batch)
             given = given if isinstance(given, tuple) else (given,)
             if forward.member_inputs:
-                given = pytree.tree_map_only(Tensor, lambda x: repeat(x, "... -> e ...", e=params.E), given)
+                given = pytree.tree_map_only(Tensor, lambda x: repeat(x, "... -> e ...", e=E), given)
             output = forward(params, *given, buffers=buffers, **kwargs)
-            outputs.append(output if buffers is None else output[0])
-    leaves, spec = zip(*(pytree.tree_flatten(output) for output in outputs), strict=True)
-    whole = [torch.cat(parts, 1) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*leaves, strict=True)]
-    return pytree.tree_unflatten(whole, spec[0])
+            tensors, form = take_apart(output if buffers is None else output[0])
+            rows = len(batch[0])
+            strange = [list(tensor.shape) for tensor in tensors if tensor.shape[:2] != (E, rows)]
+            if strange or (forms and form != forms[0]):
+                raise ValueError(
+                    f"output: expected tensors [{E}, {rows}, ...], a row for each input, and the same besides them for "
+                    f"every batch, got the shapes {strange}; call forward for anything else"
+                )
+            parts.append(tensors)
+            forms.append(form)
+    return forms[0].rebuild(iter(torch.cat(each, 1) for each in zip(*parts, strict=True)))

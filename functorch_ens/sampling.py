@@ -122,6 +122,9 @@ def _table(rows: Any, sees: str, E: int | None) -> tuple[Tensor, str, int | None
         rows = torch.arange(check_positive_int(rows, "rows"))
     if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
         raise TypeError(f"rows: expected whole numbers, got {rows.dtype}")
+    rows = rows.long()  # torch takes bytes for a mask
+    if rows.numel() and rows.min() < 0:
+        raise ValueError(f"rows: expected numbers from 0, got {rows.min().item()}")
     if rows.ndim not in (1, 2) or rows.numel() == 0:
         raise ValueError(f"rows: expected [N] or, for each member its own, [E, N], got the shape {list(rows.shape)}")
     if rows.ndim == 2:

@@ -24,7 +24,7 @@ class Patience:
         self._best = torch.full((E,), float("inf"), dtype=torch.float64)
         self._waited = torch.zeros(E, dtype=torch.long)
         self._kept: EnsembleParams | None = None
-        self._buffers: dict[str, Tensor] | None = None
+        self._buffers: dict[str, Tensor] = {}
 
     def look(self, values: Tensor, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> list[int]:
         """The members that are to stop, by `values` `[E]`, of which less is better."""
@@ -34,39 +34,37 @@ class Patience:
         better = (values < self._best) & (self._waited < self.epochs)  # nan is not less; who has stopped is done
         self._best = torch.where(better, values, self._best)
         self._waited = torch.where(better, 0, self._waited + 1)
-        own = None if buffers is None else dict(buffers)
+        rows = better.nonzero().flatten().tolist()
         if self._kept is None:
-            self._kept, self._buffers = (_map(lambda t: t.detach().clone(), tree) for tree in (params, own))
-        else:
-            rows = better.nonzero().flatten().tolist()
-            if rows:
-                _copy(params, self._kept, rows, shared=self._together)
-                _copy(own, self._buffers, rows)
+            self._kept, self._buffers = _copied(params, params), _copied(buffers or {}, buffers or {})
+        elif rows:
+            _copy(params, self._kept, rows, shared=self._together)
+            _copy(buffers or {}, self._buffers, rows)
         return (self._waited >= self.epochs).nonzero().flatten().tolist()
 
-    def put_back(self, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    def put_back(self, params: EnsembleParams) -> dict[str, Tensor]:
         """Make every member in `params`, in place, what it was at its best, and return the buffers of then."""
-        if self._kept is None:
-            return None if buffers is None else dict(buffers)
-        _copy(self._kept, params, list(range(params.E)), shared=True)
-        return None if buffers is None else _map(Tensor.clone, self._buffers)
+        if self._kept is not None:
+            _copy(self._kept, params, list(range(params.E)), shared=True)
+        return dict(self._buffers)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "waited": self._waited, "kept": self._kept, "buffers": self._buffers}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], params: EnsembleParams, buffers: Mapping[str, Tensor]) -> None:
+        """Go on from `state`; what is kept goes to where `params` and `buffers` are."""
         self._best, self._waited = state["best"], state["waited"]
-        self._kept, self._buffers = state["kept"], state["buffers"]
+        if state["kept"] is not None:
+            self._kept, self._buffers = _copied(state["kept"], params), _copied(state["buffers"], buffers)
 
 
-def _map(function: Any, tree: Any) -> Any:
-    return pytree.tree_map(function, tree)
+def _copied(source: Any, like: Any) -> Any:
+    """New tensors with the values of `source`, of the dtypes and on the devices of `like`."""
+    return pytree.tree_map(lambda s, t: s.detach().to(t, copy=True), source, like)
 
 
 def _copy(source: Any, target: Any, rows: list[int], shared: bool = False) -> None:
     """The members `rows` of `source` into `target`, and what they share."""
-    if source is None:
-        return
     pairs = (source, target) if isinstance(source, dict) else (source.stacked, target.stacked)
     with torch.no_grad():
         for name, stack in pairs[0].items():

@@ -83,12 +83,12 @@ class Template:
         return [module.training for module, _ in self._pairs]
 
     @contextmanager
-    def mode(self, training: bool) -> Iterator[None]:
-        """The model in training mode, or not; afterwards each module of it as it was."""
+    def mode(self, training: bool | None) -> Iterator[None]:
+        """The model in training mode, or not, or (None) as it is; afterwards each module of it as it was."""
         before = self.modes()
         try:
             for module, _ in self._pairs:
-                module.training = training
+                module.training = module.training if training is None else training
             yield
         finally:
             for (module, _), was in zip(self._pairs, before, strict=True):

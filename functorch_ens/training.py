@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.func import grad
 from torch.optim import Optimizer
 
 from functorch_ens.call import check_member_axis
-from functorch_ens.checks import check_number, check_option, check_positive_int
+from functorch_ens.checks import check_number, check_option, check_positive_int, shown
 from functorch_ens.compiling import compiled_method
 from functorch_ens.forward import Forward
 from functorch_ens.losses import check_values, member_losses
@@ -68,7 +69,8 @@ def make_train_step(
         clip_by: what has this norm: `"member"`, the gradients of each member, as it would be alone, and together those
             of what all share; or `"ensemble"`, all of them together.
         accumulate: go through a batch in so many equal parts, and average their gradients: the memory is that of one
-            part. Tensors of the batch are cut along the axis B; `kwargs` go to each part whole.
+            part. Tensors of the batch are cut along the axis B; `kwargs` go to each part whole. (A loss that leaves
+            rows out, or weights them, is then a mean of means.)
         autocast: the lower precision, `torch.bfloat16`, of the forward and the loss; parameters and gradients keep
             theirs.
         compile: True compiles; a dict holds options for `torch.compile` (`{"mode": "reduce-overhead"}`, CUDA graphs);
@@ -81,7 +83,7 @@ def make_train_step(
         go to the model. A parameter that a batch does not use has a gradient of zero. The first call is computed once
         without the compiler too, where errors are the model's own: torch's global random state is that of one call.
         With a loop, or a `chunk_size`, the members are gone through in parts, and `prepare` is called before, once.
-        `step.stop(2)` ends the training of member 2 of a classic ensemble; the others go on.
+        `step.stopped.add(2)` ends the training of member 2 of a classic ensemble; the others go on.
 
     Raises:
         TypeError, ValueError: here, for arguments of the wrong kind; by `step`, where the optimiser holds tensors that
@@ -152,8 +154,12 @@ class Gradients(NamedTuple):
 class TrainStep:
     """What `make_train_step` returns: call it as `step(params, *inputs, y, buffers=None, **kwargs)`."""
 
+    forward: Forward
     optimizer: Optimizer
-    """The one it was made with."""
+    """Those that it was made with."""
+    stopped: set[int]
+    """Members, of an ensemble that shares nothing that is trained, whose parameters and buffers stay as they are. (What
+    an optimiser computes over a whole stack counts them still; `param_groups` parts them.)"""
 
     def __init__(
         self,
@@ -169,8 +175,9 @@ class TrainStep:
         autocast: torch.dtype | None,
         compile: bool | Mapping[str, Any],
     ) -> None:
+        self.forward = forward
         self.optimizer = optimizer
-        self._forward = forward
+        self.stopped = set()
         self._loss = loss
         self._reduction = reduction
         self._prepare = prepare
@@ -178,7 +185,6 @@ class TrainStep:
         self._clip = clip
         self._accumulate = accumulate
         self._autocast = autocast
-        self._stopped: set[int] = set()
         self._known: tuple[list[Any], Trained] | None = None
         self._compute = self._gradients
         self._options = {} if compile is True or compile is False else dict(compile)
@@ -190,40 +196,36 @@ class TrainStep:
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """The loss of each member, `[E]`, before `params` are updated; with `buffers`, also the new ones."""
-        gradients, losses, new = self.gradients(params, *batch, buffers=buffers, **kwargs)
-        trained = self.trained(params)
-        if self._stopped:
-            if trained.params.shared:
-                raise ValueError(
-                    f"stop: members {sorted(self._stopped)} cannot stop alone, for all share trained tensors, such as "
-                    f"{next(iter(trained.params.shared))}"
-                )
-            if max(self._stopped) >= params.E:
-                raise ValueError(f"stop: expected members of {params.E}, got {sorted(self._stopped)}")
-            rows = sorted(self._stopped)
-            for name, buffer in new.items():
-                assert buffers is not None
-                buffer = new[name] = buffer.clone()
-                buffer[rows] = buffers[name][rows]
-        with trained.given(gradients, self._stopped):
-            self.optimizer.step()
-        return losses if buffers is None else (losses, new)
+        found = self.gradients(params, *batch, buffers=buffers, **kwargs)
+        new = self.update(params, found, buffers)
+        return found.losses if buffers is None else (found.losses, new)
 
-    def stop(self, *members: int) -> None:
-        """Train these no more: from here on their parameters, and the buffers that a step returns, stay as they are.
+    def update(
+        self, params: EnsembleParams, found: Gradients, buffers: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The second half of a step: `params` are updated in place, and the new buffers returned.
 
-        Raises: ValueError for a negative number; the next step, where members share trained tensors, or have no such
-            number. What an optimiser computes over a whole stack counts them still (`param_groups` parts them).
+        Args:
+            params: the ensemble's.
+            found: what `gradients` found of it.
+            buffers: what `gradients` was given: members that have stopped keep theirs.
         """
-        for member in members:
-            if isinstance(member, bool) or not isinstance(member, int) or member < 0:
-                raise ValueError(f"members: expected the numbers of members, from 0, got {member!r}")
-        self._stopped |= set(members)
-
-    @property
-    def stopped(self) -> tuple[int, ...]:
-        """The members that have been stopped."""
-        return tuple(sorted(self._stopped))
+        trained, stopped = self.trained(params), sorted(self.stopped)
+        if stopped and trained.params.shared:
+            raise ValueError(
+                f"stopped: members {stopped} cannot stop alone, for all share trained tensors, such as "
+                f"{next(iter(trained.params.shared))}"
+            )
+        if not all(isinstance(member, Integral) and 0 <= member < params.E for member in stopped):
+            raise ValueError(f"stopped: expected numbers of members, from 0 to {params.E - 1}, got {stopped}")
+        new = found.buffers
+        if stopped and buffers is not None:
+            new = {name: buffer.clone() for name, buffer in new.items()}
+            for name, buffer in new.items():
+                buffer[stopped] = buffers[name][stopped]
+        with trained.given(found.gradients, stopped):
+            self.optimizer.step()
+        return new
 
     def gradients(
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -235,13 +237,13 @@ class TrainStep:
             found = self._accumulated(params, work)
             if self._clip is None:
                 return found
-            return found._replace(gradients=clipped(found.gradients, params.stacked, *self._clip))
+            return found._replace(gradients=clipped(found.gradients, params.stacked, self.stopped, *self._clip))
 
     def trained(self, params: EnsembleParams) -> Trained:
         """What the optimiser trains of `params`, looked up again where either has other tensors."""
         if not isinstance(params, EnsembleParams):
             raise TypeError(f"params: expected EnsembleParams, got {type(params).__name__}")
-        given = [(name, id(tensor), tensor.requires_grad) for part in params for name, tensor in part.items()]
+        given = [(name, id(t), t.data_ptr(), t.requires_grad) for part in params for name, t in part.items()]
         held = [id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]]
         if self._known is None or self._known[0] != [given, held]:
             self._known = [given, held], Trained(self.optimizer, params)
@@ -252,7 +254,7 @@ class TrainStep:
         if self._accumulate == 1:
             return self._by_plan(params, work)
         tensors, form = take_apart(work.batch)
-        axis = int(self._forward.member_inputs)
+        axis = int(self.forward.member_inputs)
         length = {tensor.shape[axis] if tensor.ndim > axis else None for tensor in tensors}
         if len(length) != 1 or (size := length.pop()) is None or size % self._accumulate:
             raise ValueError(
@@ -273,25 +275,25 @@ class TrainStep:
         return total
 
     def _by_plan(self, params: EnsembleParams, work: _Work) -> Gradients:
-        plan = self._forward.compiled_plan(params) if self._compiles else self._forward.plan
+        plan = self.forward.compiled_plan(params) if self._compiles else self.forward.plan
         size = 1 if plan.strategy == "loop" else plan.chunk_size or params.E
         if size >= params.E or plan.randomness != "different":
             return self._run(params.E, work, False)
-        E = self._forward.check(params, work.buffers)  # whole, since a part does not show what is too long
+        E = self.forward.check(params, work.buffers)  # whole, since a part does not show what is too long
         return self._in_parts(size, E, work)
 
     def _in_parts(self, size: int, E: int, work: _Work) -> Gradients:
         """The gradients of `size` members at a time: in memory is what these need, and one graph serves all parts."""
         batch = self._prepared(work.batch)  # once: it may draw random numbers, and its index may be one for all members
         inputs, form = take_apart((batch, work.kwargs))
-        if self._forward.member_inputs:
+        if self.forward.member_inputs:
             check_member_axis(inputs, E)
         gradients = {name: torch.empty_like(tensor) for name, tensor in work.trained.stacked.items()}
         losses: list[Tensor] = []
         new = {name: torch.empty_like(buffer) for name, buffer in (work.buffers or {}).items()}
         for start in range(0, E, size):
             rows = slice(start, start + size)
-            given = form.rebuild(iter(x[rows] if self._forward.member_inputs else x for x in inputs))
+            given = form.rebuild(iter(x[rows] if self.forward.member_inputs else x for x in inputs))
             part = work.part(lambda stacks, rows=rows: {k: v[rows] for k, v in stacks.items()}, *given)  # type: ignore[misc]
             some, loss, states = self._run(E, part, True)
             # Copies: what a part returns may be shared, or be memory that the next part writes to (CUDA graphs).
@@ -312,7 +314,7 @@ class TrainStep:
             batch = self._prepare(*batch)
         if not isinstance(batch, tuple) or not batch:
             where = "the batch" if self._prepare is None else "prepare: the batch that it returns"
-            raise TypeError(f"{where}: expected the inputs of the model and then the target, a tuple, got {batch!r}")
+            raise TypeError(f"{where}: expected a tuple, the inputs of the model and the target, got {shown(batch)}")
         return batch
 
     def _run(self, *arguments: Any) -> Gradients:
@@ -333,9 +335,9 @@ class TrainStep:
         def total(trained: EnsembleParams) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
             params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
             with self._precision(params.stacked.values()):
-                outputs = self._forward(params, *inputs, buffers=buffers, **kwargs)
+                outputs = self.forward(params, *inputs, buffers=buffers, **kwargs)
                 outputs, new = (outputs, {}) if buffers is None else outputs
-                own = self._forward.member_inputs
+                own = self.forward.member_inputs
                 losses = member_losses(self._loss, outputs, target, member_targets=own, values=values)
             return losses.sum() if self._reduction == "sum" else losses.sum() / E, (losses, new)
 
@@ -358,7 +360,7 @@ class TrainStep:
         before.restore()
         options = dict(self._options)
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-        if on_cpu and self._forward.compiled_plan(arguments[1].trained).strategy == "loop" and "backend" not in options:
+        if on_cpu and self.forward.compiled_plan(arguments[1].trained).strategy == "loop" and "backend" not in options:
             # A weight that serves one member's rows is not worth a change of its layout before each convolution.
             options["options"] = {"layout_optimization": False, **(options.get("options") or {})}
         compiled = compiled_method(self._gradients, options)

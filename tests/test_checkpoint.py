@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_same
@@ -72,5 +73,9 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match=r"path: '.*run.pt' holds no dict, but list"):
         fe.load_checkpoint(path)
+    fe.save_checkpoint({"epoch": 1}, path)
+    with pytest.raises(TypeError, match=r"state: expected tensors, numbers and text in dicts and lists: "):
+        fe.save_checkpoint({"lr": np.float64(0.1)}, path)
+    assert fe.load_checkpoint(path) == {"epoch": 1} and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(TypeError, match="state: expected a dict, got list"):
         fe.save_checkpoint([1], path)  # type: ignore[arg-type]  # that is the test

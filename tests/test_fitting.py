@@ -134,8 +134,11 @@ def test_a_run_that_is_over_goes_on_with_more_epochs(tmp_path: Path, caplog: pyt
     over = _Setting()
     with caplog.at_level(logging.INFO, logger="functorch_ens"):
         assert len(over.fit(2, checkpoint=file).history["loss"]) == 2
-    assert "run.pt: goes on after epoch 2 of 2" in caplog.text
-    assert_same(tuple(_Setting().fit(3, checkpoint=file).params), tuple(_Setting().fit(3).params), tolerance=0)
+        assert "run.pt: goes on after epoch 2 of 2" in caplog.text
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        again = _Setting().fit(3, checkpoint=file)
+    assert caplog.records[-1].levelname == "INFO"
+    assert_same(tuple(again.params), tuple(_Setting().fit(3).params), tolerance=0)
 
 
 def test_a_data_loader_draws_from_torchs_generator_which_is_kept_too(tmp_path: Path) -> None:
@@ -162,6 +165,65 @@ def test_a_member_whose_loss_is_nan_is_named_and_spoils_no_other(caplog: pytest.
     for name, stack in got.params.stacked.items():
         assert_same(stack[[0, 2]].detach(), want.params.stacked[name][[0, 2]].detach(), tolerance=0)
     assert got.history["loss"].isfinite().tolist() == [[True, False, True]] * 2
+
+
+def _linear(E: int = 3) -> tuple[fe.Forward, fe.EnsembleParams, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    return fe.make_forward(model, member_inputs=True), fe.ensemble_params(model, E), randn(E, 8, 3), randn(E, 8, 2)
+
+
+def test_a_member_with_a_bad_row_stays_as_it_was_before_that_step() -> None:
+    forward, params, x, y = _linear()
+    batches = [(x.clone(), y) for _ in range(3)]
+    batches[1][0][1, 4] = float("inf")
+    step = fe.make_train_step(
+        forward,
+        F.mse_loss,
+        torch.optim.Adam(tree_leaves(params), lr=0.1),
+        clip_norm=1.0,
+        clip_by="ensemble",
+        compile=False,
+    )
+    one, expected = _linear()[1], []
+    alone = fe.make_train_step(
+        forward,
+        F.mse_loss,
+        torch.optim.Adam(tree_leaves(one), lr=0.1),
+        clip_norm=1.0,
+        clip_by="ensemble",
+        compile=False,
+    )
+    alone(one, *batches[0])
+    expected = [stack[1].detach().clone() for stack in one.stacked.values()]
+    fitted = fe.fit(step, params, batches, epochs=2)
+    assert list(fitted.stopped) == [1]
+    assert all(torch.equal(stack[1], was) for stack, was in zip(params.stacked.values(), expected, strict=True))
+    assert all(not torch.equal(params.stacked[name][0], one.stacked[name][0]) for name in params.stacked)
+    assert all(leaf.isfinite().all() for leaf in tree_leaves(params))
+    assert step.stopped == set()
+    again = fe.fit(step, params, [(x, y)], epochs=1)  # of another run it is a member as any
+    assert again.stopped == {} and not torch.equal(params.stacked["weight"][1], expected[0])
+
+
+def test_a_member_that_fails_last_does_not_take_the_rest_along() -> None:
+    forward, params, x, y = _linear(2)
+    step = fe.make_train_step(forward, F.mse_loss, torch.optim.SGD(tree_leaves(params), lr=0.1), compile=False)
+    values, epoch = [[1.0, 5], [2, 4], [2, 3], [2, 2]], 0
+
+    def batches(source: torch.Generator) -> list[Any]:
+        bad = x.clone()
+        bad[1] = float("nan")
+        return [(bad if epoch == 3 else x, y)]
+
+    def evaluate(*_: Any) -> dict[str, Any]:
+        nonlocal epoch
+        epoch += 1
+        return {"value": torch.tensor(values[epoch - 1])}
+
+    fitted = fe.fit(step, params, batches, epochs=9, evaluate=evaluate, monitor="value", patience=1)
+    assert fitted.stopped[0] == "no better value after epoch 1" and "epoch 4, step 1" in fitted.stopped[1]
+    assert len(fitted.history["value"]) == 4 and all(leaf.isfinite().all() for leaf in tree_leaves(params))
 
 
 def test_where_none_can_go_on_it_is_an_error() -> None:
@@ -208,6 +270,34 @@ def test_each_member_stops_and_ends_as_it_was_at_its_best() -> None:
         assert not torch.equal(params[epoch].stacked["4.bias"][0], params[2].stacked["4.bias"][0])
 
 
+def test_patience_of_a_model_without_buffers(tmp_path: Path) -> None:
+    def run(epochs: int) -> tuple[fe.Fitted, list[Any]]:
+        forward, params, x, y = _linear()
+        step = fe.make_train_step(forward, F.mse_loss, torch.optim.SGD(tree_leaves(params), lr=0.1), compile=False)
+        seen: list[Any] = []
+
+        def evaluate(now: fe.EnsembleParams, buffers: Any) -> dict[str, Any]:
+            assert buffers is None
+            seen.append(tree_map(lambda t: t.detach().clone(), now))
+            epoch = int(file.exists() and fe.load_checkpoint(file)["epoch"]) + 1
+            return {"value": torch.tensor([abs(epoch - 2.0), -epoch, abs(epoch - 1.0)])}
+
+        fitted = fe.fit(
+            step, params, [(x, y)], epochs=epochs, evaluate=evaluate, monitor="value", patience=2, checkpoint=file
+        )
+        return fitted, seen
+
+    file = tmp_path / "run.pt"
+    seen = run(3)[1] + run(6)[1]
+    assert len(seen) == 6
+    file.unlink()
+    fitted, whole = run(6)
+    assert set(fitted.stopped) == {0, 2} and fitted.buffers is None
+    for member, best in ((0, 1), (1, 5), (2, 0)):
+        assert torch.equal(fitted.params.stacked["weight"][member], whole[best].stacked["weight"][member])
+        assert torch.equal(seen[best].stacked["weight"][member], whole[best].stacked["weight"][member])
+
+
 def test_members_that_share_stop_together_by_their_mean() -> None:
     values = torch.tensor([[3.0, 1, 9], [2, 2, 8], [1, 1, 12], [0, 5, 8], [0, 0, 0]])
     fitted, params, _ = _run_by_values(values, "BatchEnsemble", patience=2)
@@ -215,11 +305,47 @@ def test_members_that_share_stop_together_by_their_mean() -> None:
     assert_same(tuple(fitted.params), tuple(params[1]), tolerance=0)
 
 
-def test_a_plateau_lowers_the_learning_rate() -> None:
+def test_a_plateau_lowers_the_learning_rate_by_the_members_that_are_trained() -> None:
     own = _Setting()
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(own.optimizer, factor=0.1, patience=0)
     own.fit(3, scheduler=scheduler, evaluate=lambda *_: {"value": 1.0}, monitor="value")
     assert own.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * 0.1**2)
+    own = _Setting()
+    own.step.stopped = {1}
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(own.optimizer, factor=0.1, patience=0)
+    falling = iter([3.0, 2.0, 1.0])
+
+    def evaluate(*_: Any) -> dict[str, Any]:
+        value = next(falling)
+        return {"value": torch.tensor([value, float("nan"), value])}
+
+    fitted = own.fit(3, scheduler=scheduler, evaluate=evaluate, monitor="value")
+    assert own.optimizer.param_groups[0]["lr"] == 0.05
+    assert fitted.stopped == {1: "it was stopped before"} and own.step.stopped == {1}
+
+
+def test_the_mean_loss_of_a_long_epoch_in_half_precision() -> None:
+    """A sum in bfloat16 would stand still at 512."""
+    model = nn.Linear(3, 2).bfloat16()
+    params = fe.ensemble_params(model, 2)
+    optimizer = torch.optim.SGD(tree_leaves(params), lr=0.0)
+    step = fe.make_train_step(fe.make_forward(model), F.mse_loss, optimizer, compile=False)
+    x, y = torch.ones(4, 3).bfloat16(), torch.ones(4, 2).bfloat16()
+    want = step(params, x, y).float()
+    fitted = fe.fit(step, params, [(x, y)] * 800, epochs=1)
+    assert_same(fitted.history["loss"][0], want, tolerance=1e-4)
+
+
+def test_the_mode_of_the_model_is_that_of_training_again_after_evaluate() -> None:
+    own = _Setting()
+
+    def evaluate(*_: Any) -> dict[str, Any]:
+        own.model.eval()
+        return {}
+
+    fitted = own.fit(3, evaluate=evaluate)
+    assert own.model.training and all(module.training for module in own.model.modules())
+    assert fitted.buffers is not None and fitted.buffers["1.num_batches_tracked"].tolist() == [9] * E
 
 
 def test_without_buffers_and_with_a_progress_bar(capfd: pytest.CaptureFixture[str]) -> None:
@@ -236,16 +362,43 @@ def test_without_buffers_and_with_a_progress_bar(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err == ""
 
 
+def test_the_progress_bar_of_a_resumed_run_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.pt"
+    _Setting().fit(3, checkpoint=file)
+    _Setting().fit(4, checkpoint=file, progress=True)
+    assert "12/12" in capfd.readouterr().err
+
+
 def test_the_run_of_another_model_is_not_taken(tmp_path: Path) -> None:
     file = tmp_path / "run.pt"
     _Setting().fit(1, checkpoint=file)
-    with pytest.raises(ValueError, match=r"checkpoint: .* of a run with other parameters or buffers, such as"):
-        _Setting("BatchEnsemble").fit(2, checkpoint=file)
-    with pytest.raises(ValueError, match=r"patience: the run in .* was with it or without, and this is not"):
-        _Setting().fit(2, checkpoint=file, patience=1, monitor="nll")
+    for other, options, message in (
+        (_Setting("BatchEnsemble"), {}, r"of another run: 0.bias is torch.float64 \[3, 6\] there, and .* \[6\] here"),
+        (
+            _Setting(),
+            {"patience": 1, "monitor": "nll"},
+            "of another run: patience is NoneType there, and Pat",
+        ),
+        (_Setting(), {"scheduler": None}, "of another run: scheduler is CosineAnnealingLR there, and NoneType here"),
+    ):
+        before = tree_map(lambda t: t.detach().clone(), tuple(other.params))
+        with pytest.raises(ValueError, match=rf"checkpoint: '.*run.pt' is {message}"):
+            other.fit(2, checkpoint=file, **options)
+        assert_same(tuple(other.params), before, tolerance=0)
+    other = _Setting()
+    other.optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+    with pytest.raises(ValueError, match="the optimizer trains 1 of its 7 tensors elsewhere"):
+        other.fit(2, checkpoint=file)
     fe.save_checkpoint({"epoch": 1}, file)
     with pytest.raises(ValueError, match=r"checkpoint: .* is not one that fit wrote: it has no \['buffers'"):
         _Setting().fit(2, checkpoint=file)
+    file.write_bytes(b"half of it")
+    with pytest.raises(ValueError, match=r"checkpoint: path: .* is no checkpoint that can be read"):
+        _Setting().fit(2, checkpoint=file)
+
+
+_TURN = iter([True, False])
+_OTHER = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1, requires_grad=True)]), 3)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +410,13 @@ def test_the_run_of_another_model_is_not_taken(tmp_path: Path) -> None:
         ({"monitor": "nll", "evaluate": None}, ValueError, "monitor: expected evaluate too, which returns 'nll'"),
         ({"monitor": "other"}, ValueError, r"monitor: expected 'other', a number or \[3\]"),
         ({"evaluate": lambda *_: 3}, ValueError, "evaluate: expected a dict of results, .* got 3"),
+        ({"evaluate": lambda *_: {"new": 3} if next(_TURN) else {}, "epochs": 2}, ValueError, r"evaluate: .* before, "),
+        ({"scheduler": 3}, TypeError, "scheduler: expected one of torch.optim.lr_scheduler, got 3"),
+        (
+            {"scheduler": _OTHER},
+            ValueError,
+            "scheduler: expected one over the optimizer of step, got StepLR",
+        ),
         ({"evaluate": lambda *_: {"loss": 3}}, ValueError, 'evaluate: expected .* "loss" not among them'),
         ({"schedule_by": "batch"}, ValueError, "schedule_by: expected one of .*, got 'batch'"),
         ({"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got 3"),
@@ -270,6 +430,9 @@ def test_bad_arguments(options: Any, error: type[Exception], message: str) -> No
 
 def test_bad_batches() -> None:
     own = _Setting()
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(own.optimizer)
+    with pytest.raises(ValueError, match=r'schedule_by: ReduceLROnPlateau .* got "step"'):
+        own.fit(1, scheduler=plateau, schedule_by="step")
     fit: Callable[..., Any] = fe.fit
     with pytest.raises(TypeError, match="batches: expected an iterable, or a function of a generator, got 3"):
         fit(own.step, own.params, 3, epochs=1)

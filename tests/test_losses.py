@@ -65,6 +65,20 @@ def test_cross_entropy_is_torchs() -> None:
     assert_same(fe.cross_entropy(logits, y, label_smoothing=0.1, temperature=2.0), want)
 
 
+def test_labels_that_are_left_out_and_positions() -> None:
+    logits, y = randn(6, 4, 3), torch.randint(4, (6, 3))
+    y[::2, 1] = -100
+    for smoothing in (0.0, 0.2):
+        want = F.cross_entropy(logits, y, label_smoothing=smoothing)
+        assert_same(fe.cross_entropy(logits, y, label_smoothing=smoothing), want)
+    stacked = torch.stack([logits, 2 * logits])
+    want = torch.stack([F.cross_entropy(each, y) for each in stacked])
+    assert_same(fe.member_losses(F.cross_entropy, stacked, y), want)
+    y[5, 2] = 9
+    with pytest.raises(ValueError, match=r"labels: expected 0 <= y < 4, .* got 9 at \[5, 2\]"):
+        fe.member_losses(F.cross_entropy, stacked, y)
+
+
 def test_bad_arguments() -> None:
     logits, y = randn(2, 5, 3), torch.zeros(5, dtype=torch.long)
     for label in (3, -1):
@@ -88,3 +102,12 @@ def test_bad_arguments() -> None:
         fe.member_losses(lambda output, y: 1.0, logits, y)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match=r"outputs: .* got the shapes \[\[2, 5, 3\], \[4\]\]"):
         fe.member_losses(F.mse_loss, (logits, torch.ones(4)), y)
+    with pytest.raises(ValueError, match=r"outputs: .* members first, .* got outputs \[5, 3\] and a target \[5\]"):
+        fe.member_losses(F.cross_entropy, logits[0], y)
+    with pytest.raises(RuntimeError) as caught:
+        fe.member_losses(F.cross_entropy, logits, y, values={"label_smoothing": torch.zeros(2)})
+    assert any("functorch_ens.cross_entropy can" in note for note in caught.value.__notes__)
+    with pytest.raises(ValueError, match=r"label_smoothing: expected 0 <= it <= 1, got 1.5"):
+        fe.cross_entropy(logits[0], y, label_smoothing=1.5)
+    with pytest.raises(ValueError, match="temperature: expected a number > 0, got 0"):
+        fe.cross_entropy(logits[0], y, temperature=0)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,9 @@ def test_the_groups_of_a_batchensemble() -> None:
         assert len(group["params"]) == len(tensors)
         assert all(a is b for a, b in zip(group["params"], tensors, strict=True))
         assert (group["lr"], group["weight_decay"], group["betas"]) == (lr, decay, (0.8, 0.9))
-    assert fe.param_groups(params)[1].keys() == {"name", "params"}
+    assert fe.param_groups(params)[0].keys() == {"name", "params"}
+    by_default = torch.optim.AdamW(fe.param_groups(params), weight_decay=0.3)
+    assert [group["weight_decay"] for group in by_default.param_groups] == [0.3, 0.0, 0.3]
     assert fe.param_groups(params, lr=0.1, weight_decay=0.2, rank1_weight_decay=0.3)[1]["weight_decay"] == 0.3
 
 
@@ -117,6 +120,13 @@ def test_some_members_alone_may_be_trained() -> None:
         assert changed.tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_numbers_for_each_member_may_be_a_list_or_an_array(kind: Any) -> None:
+    params = fe.ensemble_params(_net(bias=True), 3)
+    groups = fe.param_groups(params, lr=kind([0.1, 0.2, 0.3]), betas=[0.8, 0.9])
+    assert [(group["lr"], group["betas"]) for group in groups] == [(lr, [0.8, 0.9]) for lr in (0.1, 0.2, 0.3)]
+
+
 def test_bad_arguments() -> None:
     model = _net(bias=True)
     classic, batch = fe.ensemble_params(model, 3), fe.batchensemble_params(model, 3)
@@ -128,13 +138,19 @@ def test_bad_arguments() -> None:
         fe.param_groups(classic, lr=torch.ones(3, 1))
     with pytest.raises(ValueError, match=r"lr: expected one number, got \[3\], .* all members share 4 trained tensors"):
         fe.param_groups(batch, lr=torch.ones(3))
+    with pytest.raises(TypeError, match="rank1_weight_decay: expected a finite number >= 0, got 'no'"):
+        fe.param_groups(batch, rank1_weight_decay="no")  # type: ignore[arg-type]  # that is the test
     with pytest.raises(ValueError, match="rank1_lr_factor: expected lr too"):
         fe.param_groups(batch, rank1_lr_factor=0.5)
     with pytest.raises(ValueError, match="rank1_lr_factor: expected a finite number >= 0, got -1"):
         fe.param_groups(batch, lr=1.0, rank1_lr_factor=-1)
     twice = torch.optim.SGD([*tree_leaves(classic), *fe.param_groups(classic, lr=torch.ones(3))[0]["params"]], lr=0.1)
     step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, twice, compile=False)
-    with pytest.raises(ValueError, match=r"the optimizer trains 0.weight as a whole, and members' slices of it too"):
+    with pytest.raises(ValueError, match=r"the optimizer trains 0.weight twice: as a whole and by members, or"):
+        step(classic, randn(6, 3), torch.zeros(6).long())
+    groups = [fe.param_groups(classic, lr=torch.ones(3))[1] for _ in range(2)]
+    step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, torch.optim.SGD(groups), compile=False)
+    with pytest.raises(ValueError, match=r"the optimizer trains 0.weight twice: as a whole and by members, or"):
         step(classic, randn(6, 3), torch.zeros(6).long())
     other: Any = fe.param_groups(fe.ensemble_params(model, 3), lr=LR)
     step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, torch.optim.SGD(other), compile=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -59,6 +60,36 @@ def test_several_inputs_and_outputs_and_what_is_prepared() -> None:
     assert_same((got["y"], got["pair"]), (want["y"].detach(), tuple(x.detach() for x in want["pair"])))
 
 
+@dataclass
+class _Answer:
+    logits: Tensor
+    name: str = "answer"
+
+
+class _Answers(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(3, 2).double(), kind
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.layer(x)
+        kinds = {"dataclass": _Answer(y), "mean": y.mean(0), "scalar": y.sum(), "count": (y, len(x)), "turned": y.T}
+        return kinds[self.kind]
+
+
+def test_a_dataclass_is_put_together_and_what_has_no_row_for_each_input_is_refused() -> None:
+    x = randn(10, 3)
+    model = _Answers("dataclass")
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+    got = fe.predict(forward, params, x, batch_size=4)
+    assert isinstance(got, _Answer) and got.name == "answer"
+    assert_same(got.logits, forward(params, x).logits.detach())
+    for kind in ("mean", "scalar", "count", "turned"):
+        forward = fe.make_forward(_Answers(kind))
+        with pytest.raises(ValueError, match=r"output: expected tensors \[2, \d, ...\], a row for each input"):
+            fe.predict(forward, params, x, batch_size=4)
+
+
 def test_an_error_leaves_the_mode_as_it_was() -> None:
     model = _net().train()
     params, buffers = fe.ensemble_params(model, 2), fe.ensemble_buffers(model, 2)
@@ -71,7 +102,7 @@ def test_bad_arguments() -> None:
     model = nn.Linear(3, 2).double()
     params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
     for inputs, error, message in (
-        ((), TypeError, "inputs: expected tensors .*, got 'none'"),
+        ((), TypeError, "inputs: expected tensors .*, got none"),
         (([1.0],), TypeError, r"inputs: expected tensors \[N, ...\], got \[1.0\]"),
         ((randn(0, 3),), ValueError, r"inputs: expected .* N > 0, got the shapes \[\[0, 3\]\]"),
         ((randn(4, 3), randn(5, 3)), ValueError, r"of one length .* got the shapes \[\[4, 3\], \[5, 3\]\]"),

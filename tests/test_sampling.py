@@ -72,6 +72,7 @@ def test_rows_may_be_chosen() -> None:
         batches = fe.index_batches(chosen, 2, E=E, sees=sees)
         assert set(_sorted(batches)) == {3, 5, 8, 13}
     assert fe.index_batches(chosen, 2, device="meta")[0].device.type == "meta"
+    assert fe.index_batches(chosen.to(torch.uint8), 2)[0].dtype == torch.int64  # of bytes torch makes a mask
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,7 @@ def test_rows_may_be_chosen() -> None:
         ((10, 0), {}, ValueError, "batch_size: expected a positive int, got 0"),
         ((0, 2), {}, ValueError, "rows: expected a positive int, got 0"),
         ((torch.ones(3), 2), {}, TypeError, "rows: expected whole numbers, got torch.float32"),
+        ((torch.tensor([1, -1]), 2), {}, ValueError, "rows: expected numbers from 0, got -1"),
         ((torch.ones(1, 2, 3).long(), 2), {}, ValueError, r"rows: expected \[N\] or, .* got the shape \[1, 2, 3\]"),
         ((torch.ones(2, 3).long(), 2), {"E": 3}, ValueError, "E: the rows are those of 2 members, got 3"),
         ((torch.ones(2, 4).long(), 2), {"sees": "split"}, ValueError, 'sees: "split" deals one batch out'),
