@@ -178,7 +178,7 @@ class _Run:
         count = 0
         for batch in given:
             batch = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            found = self._step.gradients(self._params, *batch, buffers=self._buffers)
+            found = self._step.compute(self._params, *batch, buffers=self._buffers)
             self._stop_failed(found.losses, count)
             new = self._step.update(self._params, found, self._buffers)
             self._buffers = None if self._buffers is None else new

@@ -186,6 +186,7 @@ class TrainStep:
         self._accumulate = accumulate
         self._autocast = autocast
         self._known: tuple[list[Any], Trained] | None = None
+        self._scratch: dict[str, Tensor] = {}
         self._compute = self._gradients
         self._options = {} if compile is True or compile is False else dict(compile)
         self._compiles = compile is not False
@@ -196,7 +197,7 @@ class TrainStep:
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """The loss of each member, `[E]`, before `params` are updated; with `buffers`, also the new ones."""
-        found = self.gradients(params, *batch, buffers=buffers, **kwargs)
+        found = self.compute(params, *batch, buffers=buffers, **kwargs)
         new = self.update(params, found, buffers)
         return found.losses if buffers is None else (found.losses, new)
 
@@ -231,10 +232,26 @@ class TrainStep:
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Gradients:
         """What a step computes before it updates: the gradients, clipped, the losses `[E]` and the new buffers."""
+        return self._found(params, batch, buffers, kwargs, {})
+
+    def compute(
+        self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Gradients:
+        """The first half of a step: `gradients`, but in memory that the next step writes to again."""
+        return self._found(params, batch, buffers, kwargs, self._scratch)
+
+    def _found(
+        self,
+        params: EnsembleParams,
+        batch: tuple[Any, ...],
+        buffers: Mapping[str, Tensor] | None,
+        kwargs: dict[str, Any],
+        scratch: dict[str, Tensor],
+    ) -> Gradients:
         trained = self.trained(params)
         work = _Work(trained.params, trained.fixed, buffers, check_values(self._values, params.E), batch, kwargs)
         with torch.no_grad():  # torch.func takes the gradients: autograd has nothing to record
-            found = self._accumulated(params, work)
+            found = self._accumulated(params, work, scratch)
             if self._clip is None:
                 return found
             return found._replace(gradients=clipped(found.gradients, params.stacked, self.stopped, *self._clip))
@@ -249,10 +266,10 @@ class TrainStep:
             self._known = [given, held], Trained(self.optimizer, params)
         return self._known[1]
 
-    def _accumulated(self, params: EnsembleParams, work: _Work) -> Gradients:
+    def _accumulated(self, params: EnsembleParams, work: _Work, scratch: dict[str, Tensor]) -> Gradients:
         """The mean of what the parts of a batch give, and the buffers after the last."""
         if self._accumulate == 1:
-            return self._by_plan(params, work)
+            return self._by_plan(params, work, scratch)
         tensors, form = take_apart(work.batch)
         axis = int(self.forward.member_inputs)
         length = {tensor.shape[axis] if tensor.ndim > axis else None for tensor in tensors}
@@ -264,7 +281,7 @@ class TrainStep:
         total: Gradients | None = None
         for some in zip(*(tensor.chunk(self._accumulate, axis) for tensor in tensors), strict=True):
             batch, buffers = form.rebuild(iter(some)), work.buffers if total is None else total.buffers
-            found = self._by_plan(params, work._replace(batch=batch, buffers=work.buffers and buffers))
+            found = self._by_plan(params, work._replace(batch=batch, buffers=work.buffers and buffers), scratch)
             shares = {name: value / self._accumulate for name, value in found.gradients.items()}
             losses = found.losses / self._accumulate
             if total is not None:  # new tensors: what a part returns may be memory that the next one writes to
@@ -274,21 +291,27 @@ class TrainStep:
         assert total is not None
         return total
 
-    def _by_plan(self, params: EnsembleParams, work: _Work) -> Gradients:
+    def _by_plan(self, params: EnsembleParams, work: _Work, scratch: dict[str, Tensor]) -> Gradients:
         plan = self.forward.compiled_plan(params) if self._compiles else self.forward.plan
         size = 1 if plan.strategy == "loop" else plan.chunk_size or params.E
         if size >= params.E or plan.randomness != "different":
             return self._run(params.E, work, False)
         E = self.forward.check(params, work.buffers)  # whole, since a part does not show what is too long
-        return self._in_parts(size, E, work)
+        return self._in_parts(size, E, work, scratch)
 
-    def _in_parts(self, size: int, E: int, work: _Work) -> Gradients:
-        """The gradients of `size` members at a time: in memory is what these need, and one graph serves all parts."""
+    def _in_parts(self, size: int, E: int, work: _Work, scratch: dict[str, Tensor]) -> Gradients:
+        """The gradients of `size` members at a time: in memory is what these need, and one graph serves all parts.
+
+        They are collected in `scratch`: large tensors come from the system page by page, at each step anew.
+        """
         batch = self._prepared(work.batch)  # once: it may draw random numbers, and its index may be one for all members
         inputs, form = take_apart((batch, work.kwargs))
         if self.forward.member_inputs:
             check_member_axis(inputs, E)
-        gradients = {name: torch.empty_like(tensor) for name, tensor in work.trained.stacked.items()}
+        for name, tensor in work.trained.stacked.items():
+            if name not in scratch or not _alike(scratch[name], tensor):
+                scratch[name] = torch.empty_like(tensor)
+        gradients = {name: scratch[name] for name in work.trained.stacked}
         losses: list[Tensor] = []
         new = {name: torch.empty_like(buffer) for name, buffer in (work.buffers or {}).items()}
         for start in range(0, E, size):
@@ -379,3 +402,7 @@ class TrainStep:
         self._first = False
         self._compute = compiled
         return result
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)

@@ -905,3 +905,20 @@ def test_tensors_with_new_memory_are_looked_up_again() -> None:
     params.stacked["weight"].data = params.stacked["weight"].data.clone()
     with pytest.raises(ValueError, match="the optimizer trains 2 of its 4 tensors elsewhere"):
         step(params, x, y)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_gradients_are_the_callers_and_those_of_a_step_are_in_the_same_memory_again(chunk_size: int | None) -> None:
+    model = _net().eval()
+    params, (first, second) = fe.ensemble_params(model, 3), _batches(2)
+    forward = fe.make_forward(model, chunk_size=chunk_size)
+    step = fe.make_train_step(forward, F.cross_entropy, torch.optim.SGD(tree_leaves(params)), compile=False)
+    kept = step.gradients(params, *first).gradients
+    before = {name: gradient.clone() for name, gradient in kept.items()}
+    for batch in (second, first):
+        got = step.compute(params, *batch)
+        assert_same(got, step.gradients(params, *batch), tolerance=1e-12)
+    assert_same(kept, before, tolerance=0)
+    again = step.compute(params, *second)
+    for name, gradient in again.gradients.items():
+        assert (gradient.data_ptr() == got.gradients[name].data_ptr()) is (chunk_size is not None)
