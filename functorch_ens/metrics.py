@@ -75,8 +75,8 @@ def brier(logits: Tensor, y: Tensor) -> Tensor:
     Source: Brier 1950, "Verification of forecasts expressed in terms of probability", eq. 2.
     """
     q = mean_probs(logits)
-    right = F.one_hot(check_labels(y, logits), q.shape[-1])
-    return (q - right).square().sum(-1).mean()
+    right = check_labels(y, logits)[..., None] == torch.arange(q.shape[-1], device=q.device)
+    return (q - right.to(q.dtype)).square().sum(-1).mean()
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:

@@ -121,8 +121,9 @@ def batchensemble_params(
         model: the network; it is only read.
         E: the number of members.
         init: how `r` and `s` start: `"normal"` (with the means and standard deviations below), `"random_sign"` (+1 or
-            -1, equally likely) or `"ones"` (every member starts as the model itself, and members that start equal
-            and learn from equal data stay equal).
+            -1, equally likely: for training from scratch the better one, by benchmarks/quality.py, since members start
+            as far apart as those of a classic ensemble) or `"ones"` (every member starts as the model itself, and
+            members that start equal and learn from equal data stay equal).
         r_mean, r_std, s_mean, s_std: of the normal distributions, used by `init="normal"` alone.
         bias: `"shared"`, or `"stacked"`: every member has its own biases, starting from the same values, in the layers
             that have `r` and `s`.
