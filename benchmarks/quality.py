@@ -53,17 +53,27 @@ class Variant:
     sees: str = "same"
     epochs: int = 1
     """Times those that the single network gets; 0: E times."""
+    same_rows: bool = False
+    """Batches of E times as many rows."""
     members: int | None = None
     """None: as many as asked for."""
     needs_norms: bool = False
     """Whether it is another without norms in the model."""
 
 
+def classic(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
+    """Networks of their own."""
+    return fe.ensemble_params(model, E, generator=source)
+
+
+# It sees in a step as many rows as E members do, and takes as many steps: what a BatchEnsemble costs at the least.
+SAME_ROWS = Variant(
+    "single, E x rows", "one network on E x B rows, E times the epochs", classic, members=1, epochs=0, same_rows=True
+)
+
+
 def variants() -> list[Variant]:
     """From one network to E of them."""
-
-    def classic(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
-        return fe.ensemble_params(model, E, generator=source)
 
     def batch(*stacked: str, **options: Any) -> Params:
         def make(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
@@ -96,6 +106,7 @@ def variants() -> list[Variant]:
         Variant("split, long", "the same for E times as many epochs", batch(), sees="split", epochs=0),
         Variant("long", f"{signs}; twice as many epochs", batch(), epochs=2),
         Variant("single, long", "one network, twice as many epochs", classic, members=1, epochs=2),
+        SAME_ROWS,
     ]
 
 
@@ -202,6 +213,8 @@ class Trial:
         rows, size = len(self.task.train.labels), self.options.batch_size
         if self.variant.sees == "split":
             size -= size % self.E
+        if self.variant.same_rows:
+            size *= self.options.members
         return fe.index_batches(
             rows, size, E=self.E, sees=self.variant.sees, generator=source, device=self.options.device
         )
@@ -212,7 +225,7 @@ class Trial:
             for mine, new in zip(tree_leaves(self.params), tree_leaves(self._initial(seed)), strict=True):
                 mine.copy_(new)
         self.optimizer.state.clear()
-        factor = self.variant.epochs or self.E
+        factor = self.variant.epochs or self.options.members
         source = torch.Generator().manual_seed(seed)
         fitted = fe.fit(
             self.step,
@@ -272,14 +285,6 @@ class Trial:
         self.step(self.params, self._index, buffers=self.buffers)
 
 
-class SameRows(Trial):
-    """One network that is fed as many rows as the E members together: the least that a BatchEnsemble could cost."""
-
-    def __init__(self, task: Task, options: argparse.Namespace) -> None:
-        rows = argparse.Namespace(**{**vars(options), "batch_size": options.batch_size * options.members})
-        super().__init__(Variant("one network, E x rows", "", variants()[0].params, members=1), task, rows)
-
-
 def study(options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
     """Every variant: what it answers, from each seed, and what it costs."""
     chosen = [v for v in variants() if any(fnmatchcase(v.name, pattern) for pattern in options.only)]
@@ -305,12 +310,12 @@ def study(options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
                 "runs": [trial.run(seed, bar) for seed in range(options.seeds)],
             }
             write_json({"settings": settings(options), "variants": results}, options.json)  # in case the rest fails
-    limit = SameRows(task, options)
     calls: dict[str, Callable[[], None]] = {name: trial.one_step for name, trial in trials.items()}
-    times = interleaved({**calls, "": limit.one_step}, options.rounds, options.device)
+    limit = trials.get(SAME_ROWS.name) or Trial(SAME_ROWS, task, options)
+    times = interleaved({**calls, SAME_ROWS.name: limit.one_step}, options.rounds, options.device)
     for name, call in calls.items():
         results[name]["step, ms"] = 1e3 * Spread.of(times[name]).median
-        results[name]["time of one network on as many rows"] = ratio(times[name], times[""])._asdict()
+        results[name]["time of one network on as many rows"] = ratio(times[name], times[SAME_ROWS.name])._asdict()
         results[name]["peak of a step, MB"] = peak_memory(call, options.device) / 1e6
     return results
 

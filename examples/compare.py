@@ -98,6 +98,10 @@ def evaluate(forward: fe.Forward, trained: Trained, split: Split, batch: int) ->
     logits = predict(split.images)
     seconds = time.perf_counter() - start
     labels = split.labels.cpu()
+    if not logits.isfinite().all():  # training has diverged
+        nan = math.nan
+        scores = {"ensemble_accuracy": nan, "ensemble_nll": nan, "disagreement": nan, "evaluate_seconds": seconds}
+        return {"member_accuracy": [nan] * len(logits), "member_nll": [nan] * len(logits), **scores}
     return {
         "member_accuracy": [fe.metrics.accuracy(member[None], labels).item() for member in logits],
         "ensemble_accuracy": fe.metrics.accuracy(logits, labels).item(),
