@@ -124,14 +124,14 @@ def fit(
         raise ValueError("monitor: expected the name of what is to become less, for patience or ReduceLROnPlateau")
     if monitor is not None and evaluate is None:
         raise ValueError(f"monitor: expected evaluate too, which returns {monitor!r}")
+    before = set(step.stopped)
     run = _Run(step, params, buffers, generator, scheduler, patience)
     file = None if checkpoint is None else Path(checkpoint)
-    if file is not None and file.exists():
-        run.resume(file)
-        level = logging.INFO if run.epoch < epochs else logging.WARNING  # which is not what was asked for, perhaps
-        log.log(level, "%s: goes on after epoch %d of %d", file, run.epoch, epochs)
-    before = set(step.stopped)
     try:
+        if file is not None and file.exists():
+            run.resume(file)
+            level = logging.INFO if run.epoch < epochs else logging.WARNING  # which is not what was asked for, perhaps
+            log.log(level, "%s: goes on after epoch %d of %d", file, run.epoch, epochs)
         with tqdm(disable=None if progress is None else not progress, unit="step") as bar:
             while run.epoch < epochs and len(run.stopped) < params.E:
                 run.one_epoch(batches, scheduler if schedule_by == "step" else None, bar, epochs)

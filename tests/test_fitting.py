@@ -123,6 +123,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert_same(got.buffers, want.buffers, tolerance=0)
     assert_same(got.history, want.history, tolerance=0)
     assert got.stopped == want.stopped
+    assert first.step.stopped == again.step.stopped == set()  # that was of the run, not of the step
     assert again.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
     states = [run.optimizer.state[tensor] for run in (again, whole) for tensor in tree_leaves(run.params)]
     assert_same(states[: len(states) // 2], states[len(states) // 2 :], tolerance=0)
