@@ -53,6 +53,8 @@ class Variant:
     sees: str = "same"
     epochs: int = 1
     """Times those that the single network gets; 0: E times."""
+    fixed: bool = False
+    """Whether r and s are not trained: then no gradient of them is computed."""
     same_rows: bool = False
     """Batches of E times as many rows."""
     members: int | None = None
@@ -99,9 +101,10 @@ def variants() -> list[Variant]:
         Variant("normal .1", "r, s ~ N(1, .1)", batch(init="normal", r_std=0.1, s_std=0.1)),
         Variant("lr x .1", f"{signs}; r, s learn at a tenth of the rate", batch(), {"rank1_lr_factor": 0.1}),
         Variant("lr x 10", f"{signs}; r, s learn at ten times the rate", batch(), {"rank1_lr_factor": 10.0}),
-        Variant("fixed", f"{signs}, and stay so", batch(), {"rank1_lr_factor": 0.0}),
+        Variant("fixed", f"{signs}, and stay so", batch(), fixed=True),
         Variant("own order", f"{signs}; each member sees the data in an order of its own", batch(), sees="own"),
         Variant("own order, lr x .1", "both", batch(), {"rank1_lr_factor": 0.1}, sees="own"),
+        Variant("own order, fixed", "both", batch(), fixed=True, sees="own"),
         Variant("split", f"{signs}; each member gets 1/E of a batch", batch(), sees="split"),
         Variant("split, long", "the same for E times as many epochs", batch(), sees="split", epochs=0),
         Variant("long", f"{signs}; twice as many epochs", batch(), epochs=2),
@@ -189,7 +192,7 @@ class Trial:
         self.buffers = fe.ensemble_buffers(self.model, self.E)
         self.forward = fe.make_forward(self.model, member_inputs=variant.sees != "same")
         groups = fe.param_groups(self.params, lr=options.lr, **variant.groups)
-        self.optimizer = torch.optim.Adam(groups)
+        self.optimizer = torch.optim.Adam([g for g in groups if not (variant.fixed and g["name"] == "rank-1")])
         train = task.train
         self.step = fe.make_train_step(
             self.forward,
