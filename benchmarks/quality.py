@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -396,7 +397,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(17, 9), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 120), fontsize=10)
     axes = figure.subplots(2, 3)
     costs: dict[str, Callable[[Mapping[str, Any]], float]] = {
         "parameters": lambda result: result["parameters"],
