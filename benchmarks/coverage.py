@@ -219,7 +219,8 @@ def _compare(trial: Trial, want: Any, strategies: list[str], result: dict[str, A
 
     With `noise`, the tolerance is no less than what rounding does to this model, as far as the plain loop itself tells.
     """
-    want_gradients, want = trial.gradients(want), _detached(want)  # what a graph holds would not fit in twice
+    want_gradients = trial.gradients(want)
+    want = pytree.tree_map_only(Tensor, Tensor.detach, want)  # what a graph holds would not fit in twice
     tolerance = max(_TOLERANCE[t.dtype] for t in trial.params.stacked.values() if t.dtype in _TOLERANCE)
     if noise:
         other = trial.plain(shaken=True)
@@ -235,10 +236,6 @@ def _compare(trial: Trial, want: Any, strategies: list[str], result: dict[str, A
         if not max(errors) <= tolerance:
             return f"{strategy}: differs from the loop by {errors[0]:.1g} in outputs, {errors[1]:.1g} in gradients"
     return None
-
-
-def _detached(tree: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _shaken(value: Any) -> Any:

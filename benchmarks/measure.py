@@ -106,9 +106,18 @@ def aligned(rows: list[list[str]]) -> str:
 
 def write_json(value: Any, path: Path) -> None:
     """`value` in the file `path`: whole, or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
+    text = json.dumps(value, indent=1) + "\n"
+    write_whole(path, lambda part: part.write_text(text))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """`path`, written by `write` to another name first, and then moved: whole, or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def positive(text: str) -> int:
@@ -116,6 +125,19 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number > 0, got {text}")
     return int(text)
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """An error of `parser` where `device` is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, but torch finds no GPU here; use --device cpu")
+
+
+def check_folders(parser: argparse.ArgumentParser, **files: Path) -> None:
+    """An error of `parser`, before any work is done, where a file to be written has no folder."""
+    for path in files.values():
+        if not path.parent.is_dir():
+            parser.error(f"{', '.join(f'--{name}' for name in files)}: there is no folder {path.parent}")
 
 
 def leaves(value: Any) -> Iterator[torch.Tensor]:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from data import Split, normalise
 from einops import rearrange
-from measure import aligned, machine, positive, write_json
+from measure import aligned, check_folders, machine, positive, write_json
 from models import mlp
 from PIL import Image
 from rivals import NotebookEnsemble, adam, member_after_member
@@ -191,8 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--workers", type=int, default=2, help="of the notebook's DataLoader (default: %(default)s)")
     add("--json", type=Path, default=Path("notebook_job.json"), metavar="FILE", help="default: %(default)s")
     args = parser.parse_args(argv)
-    if not args.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {args.json.parent}")
+    check_folders(parser, json=args.json)
     torch.manual_seed(0)
     found = None if args.images else cifar10(args.data_dir)
     train, test = found or generated(args.images or 50_000, torch.Generator().manual_seed(0))

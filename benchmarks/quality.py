@@ -24,7 +24,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Spread, aligned, interleaved, machine, megabytes, peak_memory, positive, ratio, write_json
+from measure import (
+    Spread,
+    aligned,
+    check_device,
+    check_folders,
+    interleaved,
+    machine,
+    megabytes,
+    peak_memory,
+    positive,
+    ratio,
+    write_json,
+    write_whole,
+)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -244,7 +257,7 @@ class Trial:
             self.params,
             self.batches,
             epochs=self.options.epochs * factor,
-            buffers=fe.ensemble_buffers(self._model(seed), self.E),
+            buffers=self.buffers,
             generator=source,
             progress=False,
         )
@@ -435,9 +448,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
             ax.set(xlabel=cost, ylabel=label, xscale="log" if cost == "parameters" else "linear")
             ax.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, dpi=110, format="png")
-    part.replace(path)
+    write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -464,11 +475,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [p for p in options.only if not any(fnmatchcase(name, p) for name in names)]
     if unknown:
         parser.error(f"--only: {unknown[0]!r} matches none of {names}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: got cuda, but torch finds no GPU here; use --device cpu")
-    for path in (options.json, options.png):
-        if not path.absolute().parent.is_dir():
-            parser.error(f"--json, --png: there is no folder {path.parent}")
+    check_device(parser, options.device)
+    check_folders(parser, json=options.json, png=options.png)
     options.device = torch.device(options.device)
     return options
 

@@ -30,7 +30,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from measure import Call, Spread, aligned, interleaved, machine, megabytes, peak_memory, positive, ratio, write_json
+from measure import (
+    Call,
+    Spread,
+    aligned,
+    check_device,
+    check_folders,
+    interleaved,
+    machine,
+    megabytes,
+    peak_memory,
+    positive,
+    ratio,
+    write_json,
+    write_whole,
+)
 from models import cnn
 from rivals import NotebookEnsemble, adam, member_after_member, member_as_rows, tabm_ensemble
 from torch import Tensor, nn
@@ -364,9 +378,7 @@ def draw(results: Mapping[str, Any], points: Sequence[Mapping[str, Any]], title:
         axis.set_title(f"MLP {'-'.join(map(str, NOTEBOOK_MLP))}, {fixed} = {value}")
         axis.grid(alpha=0.3, which="both")
     figure.suptitle(title, fontsize="medium")
-    part = path.with_suffix(".part")
-    figure.savefig(part, dpi=120, format="png")
-    part.replace(path)
+    write_whole(path, lambda part: figure.savefig(part, dpi=120, format="png"))
     plt.close(figure)
 
 
@@ -382,11 +394,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, default=Path("vmap_vs_be.json"), metavar="FILE", help="default: %(default)s")
     add("--png", type=Path, default=Path("vmap_vs_be.png"), metavar="FILE", help="default: %(default)s")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: got cuda, but torch finds no GPU here; use --device cpu")
-    for path in (args.json, args.png):
-        if not path.parent.is_dir():
-            parser.error(f"--json, --png: there is no folder {path.parent}")
+    check_device(parser, args.device)
+    check_folders(parser, json=args.json, png=args.png)
     args.case = args.case or list(QUICK if args.quick else CASES)
     args.rounds = args.rounds or (3 if args.quick else 5)
     return args

@@ -38,15 +38,23 @@ class Patience:
         if self._kept is None:
             self._kept, self._buffers = _copied(params, params), _copied(buffers or {}, buffers or {})
         elif rows:
-            _copy(params, self._kept, rows, shared=self._together)
-            _copy(buffers or {}, self._buffers, rows)
+            self._move(params, self._kept, rows)
+            _move_rows(buffers or {}, self._buffers, rows)
         return (self._waited >= self.epochs).nonzero().flatten().tolist()
 
     def put_back(self, params: EnsembleParams) -> dict[str, Tensor]:
         """Make every member in `params`, in place, what it was at its best, and return the buffers of then."""
         if self._kept is not None:
-            _copy(self._kept, params, list(range(params.E)), shared=True)
+            self._move(self._kept, params, list(range(params.E)))
         return dict(self._buffers)
+
+    def _move(self, source: EnsembleParams, target: EnsembleParams, rows: list[int]) -> None:
+        """The members `rows`, and what is shared where it is trained: else it is the same in both."""
+        _move_rows(source.stacked, target.stacked, rows)
+        if self._together:
+            with torch.no_grad():
+                for name, tensor in source.shared.items():
+                    target.shared[name].copy_(tensor)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "waited": self._waited, "kept": self._kept, "buffers": self._buffers}
@@ -63,12 +71,7 @@ def _copied(source: Any, like: Any) -> Any:
     return pytree.tree_map(lambda s, t: s.detach().to(t, copy=True), source, like)
 
 
-def _copy(source: Any, target: Any, rows: list[int], shared: bool = False) -> None:
-    """The members `rows` of `source` into `target`, and what they share."""
-    pairs = (source, target) if isinstance(source, dict) else (source.stacked, target.stacked)
+def _move_rows(source: Mapping[str, Tensor], target: Mapping[str, Tensor], rows: list[int]) -> None:
     with torch.no_grad():
-        for name, stack in pairs[0].items():
-            pairs[1][name][rows] = stack[rows]
-        if shared:
-            for name, tensor in source.shared.items():
-                target.shared[name].copy_(tensor)
+        for name, stack in source.items():
+            target[name][rows] = stack[rows]

@@ -133,10 +133,14 @@ class _Work(NamedTuple):
     batch: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def part(self, of: Callable[[dict[str, Tensor]], dict[str, Tensor]], batch: Any, kwargs: Any) -> _Work:
-        """For some of the members: their part `of` every dict of stacks, and what they are called with."""
+    def part(self, rows: slice, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> _Work:
+        """For the members `rows`: what is theirs of every stack, and what they are called with."""
+
+        def of(stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: stack[rows] for name, stack in stacks.items()}
+
         trained, fixed = (params._replace(stacked=of(params.stacked)) for params in (self.trained, self.fixed))
-        buffers = None if self.buffers is None else of(dict(self.buffers))
+        buffers = None if self.buffers is None else of(self.buffers)
         return _Work(trained, fixed, buffers, of(self.values), batch, kwargs)
 
 
@@ -317,8 +321,7 @@ class TrainStep:
         for start in range(0, E, size):
             rows = slice(start, start + size)
             given = form.rebuild(iter(x[rows] if self.forward.member_inputs else x for x in inputs))
-            part = work.part(lambda stacks, rows=rows: {k: v[rows] for k, v in stacks.items()}, *given)  # type: ignore[misc]
-            some, loss, states = self._run(E, part, True)
+            some, loss, states = self._run(E, work.part(rows, *given), True)
             # Copies: what a part returns may be shared, or be memory that the next part writes to (CUDA graphs).
             losses.append(loss.clone())
             for whole, parts in ((gradients, some), (new, states)):

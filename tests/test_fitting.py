@@ -178,22 +178,17 @@ def test_a_member_with_a_bad_row_stays_as_it_was_before_that_step() -> None:
     forward, params, x, y = _linear()
     batches = [(x.clone(), y) for _ in range(3)]
     batches[1][0][1, 4] = float("inf")
-    step = fe.make_train_step(
-        forward,
-        F.mse_loss,
-        torch.optim.Adam(tree_leaves(params), lr=0.1),
-        clip_norm=1.0,
-        clip_by="ensemble",
-        compile=False,
-    )
-    one, expected = _linear()[1], []
-    alone = fe.make_train_step(
-        forward,
-        F.mse_loss,
-        torch.optim.Adam(tree_leaves(one), lr=0.1),
-        clip_norm=1.0,
-        clip_by="ensemble",
-        compile=False,
+    one = _linear()[1]
+    step, alone = (
+        fe.make_train_step(
+            forward,
+            F.mse_loss,
+            torch.optim.Adam(tree_leaves(own), lr=0.1),
+            clip_norm=1.0,
+            clip_by="ensemble",
+            compile=False,
+        )
+        for own in (params, one)
     )
     alone(one, *batches[0])
     expected = [stack[1].detach().clone() for stack in one.stacked.values()]
