@@ -126,8 +126,10 @@ class Trained:
                 "params: one tensor has two names; tied parameters have one, as named_parameters() gives it"
             )
         self._stacked = params.stacked
-        self._whole: dict[str, Tensor] = {}
-        self._slices: list[tuple[str, int, Tensor]] = []
+        self.whole: dict[str, Tensor] = {}
+        """Those that are whole, by name."""
+        self.slices: list[tuple[str, int, Tensor]] = []
+        """Those that are one member's part of a stack: its name, and whose it is."""
         tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         others = [tensor for tensor in tensors if id(tensor) not in names]
         places = {_place(stack[i]): (name, i) for name, stack in params.stacked.items() for i in range(len(stack))}
@@ -139,14 +141,14 @@ class Trained:
             )
         for tensor in tensors:
             if id(tensor) in names:
-                self._whole[names[id(tensor)]] = tensor
+                self.whole[names[id(tensor)]] = tensor
             else:
-                self._slices.append((*places[_place(tensor)], tensor))
-        count = Counter((name, i) for name, i, _ in self._slices)
-        twice = [name for (name, _), times in count.items() if times > 1 or name in self._whole]
+                self.slices.append((*places[_place(tensor)], tensor))
+        count = Counter((name, i) for name, i, _ in self.slices)
+        twice = [name for (name, _), times in count.items() if times > 1 or name in self.whole]
         if twice:
             raise ValueError(f"params: the optimizer trains {twice[0]} twice: as a whole and by members, or one again")
-        chosen = {*self._whole, *(name for name, _, _ in self._slices)}
+        chosen = {*self.whole, *(name for name, _, _ in self.slices)}
         self.params, self.fixed = (
             EnsembleParams(
                 *({k: v for k, v in part.items() if (k in chosen and v.requires_grad) is keep} for part in params)
@@ -158,26 +160,32 @@ class Trained:
     @contextmanager
     def given(self, gradients: dict[str, Tensor], stopped: Collection[int]) -> Iterator[None]:
         """The optimiser's tensors with their gradients; afterwards `stopped` members are what they were before."""
-        places = set()
-        for name, gradient in gradients.items():  # two may be one tensor (of a + b), which a hook could clip twice
-            if gradient.data_ptr() in places:
-                gradients = {**gradients, name: gradient.clone()}
-            places.add(gradient.data_ptr())
-        whole = {name: tensor for name, tensor in self._whole.items() if name in gradients}
+        gradients = apart(gradients)
+        whole = {name: tensor for name, tensor in self.whole.items() if name in gradients}
         for name, tensor in whole.items():
             tensor.grad = gradients[name]
-        for name, i, tensor in self._slices:
+        for name, i, tensor in self.slices:
             tensor.grad = gradients[name][i] if name in gradients and i not in stopped else None
         index = sorted(stopped)
         kept = {name: stack.detach()[index] for name, stack in self._stacked.items() if index and name in whole}
         try:
             yield
         finally:
-            for tensor in (*whole.values(), *(tensor for _, _, tensor in self._slices)):
+            for tensor in (*whole.values(), *(tensor for _, _, tensor in self.slices)):
                 tensor.grad = None
             with torch.no_grad():
                 for name, values in kept.items():
                     self._stacked[name][index] = values
+
+
+def apart(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients, each in memory of its own: two may be one tensor (of a + b), which a hook could clip twice."""
+    places = set()
+    for name, gradient in gradients.items():
+        if gradient.data_ptr() in places:
+            gradients = {**gradients, name: gradient.clone()}
+        places.add(gradient.data_ptr())
+    return gradients
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from functorch_ens.forward import Forward
 from functorch_ens.losses import check_values, member_losses
 from functorch_ens.optimisers import Trained, clipped, use_fused_kernels, with_strides_of
 from functorch_ens.params import EnsembleParams
+from functorch_ens.partly import PartlyStep, can_step_partly
 from functorch_ens.randomness import RandomState
 from functorch_ens.trees import take_apart
 
@@ -83,6 +84,9 @@ def make_train_step(
         go to the model. A parameter that a batch does not use has a gradient of zero. The first call is computed once
         without the compiler too, where errors are the model's own: torch's global random state is that of one call.
         With a loop, or a `chunk_size`, the members are gone through in parts, and `prepare` is called before, once.
+        Each part of a classic ensemble is updated at once, by one call of `optimizer.step()`, where that is the same (an
+        optimiser that computes number by number, as SGD and Adam, or one over slices): the gradients of the other parts
+        are then not in memory.
         `step.stopped.add(2)` ends the training of member 2 of a classic ensemble; the others go on.
 
     Raises:
@@ -201,9 +205,14 @@ class TrainStep:
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """The loss of each member, `[E]`, before `params` are updated; with `buffers`, also the new ones."""
-        found = self.compute(params, *batch, buffers=buffers, **kwargs)
-        new = self.update(params, found, buffers)
-        return found.losses if buffers is None else (found.losses, new)
+        trained = self.trained(params)
+        size = self._part_size(params)
+        if size < params.E and self._can_update_in_parts(trained):
+            losses, new = self._updated_in_parts(size, params, self._work(params, batch, buffers, kwargs))
+        else:
+            found = self.compute(params, *batch, buffers=buffers, **kwargs)
+            losses, new = found.losses, self.update(params, found, buffers)
+        return losses if buffers is None else (losses, new)
 
     def update(
         self, params: EnsembleParams, found: Gradients, buffers: Mapping[str, Tensor] | None = None
@@ -252,13 +261,25 @@ class TrainStep:
         kwargs: dict[str, Any],
         scratch: dict[str, Tensor],
     ) -> Gradients:
-        trained = self.trained(params)
-        work = _Work(trained.params, trained.fixed, buffers, check_values(self._values, params.E), batch, kwargs)
+        work = self._work(params, batch, buffers, kwargs)
         with torch.no_grad():  # torch.func takes the gradients: autograd has nothing to record
             found = self._accumulated(params, work, scratch)
-            if self._clip is None:
-                return found
-            return found._replace(gradients=clipped(found.gradients, params.stacked, self.stopped, *self._clip))
+            return found._replace(gradients=self._clipped(found.gradients, params))
+
+    def _work(
+        self,
+        params: EnsembleParams,
+        batch: tuple[Any, ...],
+        buffers: Mapping[str, Tensor] | None,
+        kwargs: dict[str, Any],
+    ) -> _Work:
+        trained = self.trained(params)
+        return _Work(trained.params, trained.fixed, buffers, check_values(self._values, params.E), batch, kwargs)
+
+    def _clipped(self, gradients: dict[str, Tensor], params: EnsembleParams) -> dict[str, Tensor]:
+        if self._clip is None:
+            return gradients
+        return clipped(gradients, params.stacked, self.stopped, *self._clip)
 
     def trained(self, params: EnsembleParams) -> Trained:
         """What the optimiser trains of `params`, looked up again where either has other tensors."""
@@ -295,36 +316,47 @@ class TrainStep:
         assert total is not None
         return total
 
-    def _by_plan(self, params: EnsembleParams, work: _Work, scratch: dict[str, Tensor]) -> Gradients:
+    def _part_size(self, params: EnsembleParams) -> int:
+        """How many members are computed at a time; E where they are not parted."""
         plan = self.forward.compiled_plan(params) if self._compiles else self.forward.plan
         size = 1 if plan.strategy == "loop" else plan.chunk_size or params.E
-        if size >= params.E or plan.randomness != "different":
-            return self._run(params.E, work, False)
-        E = self.forward.check(params, work.buffers)  # whole, since a part does not show what is too long
-        return self._in_parts(size, E, work, scratch)
+        return size if plan.randomness == "different" else params.E
 
-    def _in_parts(self, size: int, E: int, work: _Work, scratch: dict[str, Tensor]) -> Gradients:
+    def _by_plan(self, params: EnsembleParams, work: _Work, scratch: dict[str, Tensor]) -> Gradients:
+        size = self._part_size(params)
+        if size >= params.E:
+            return self._run(params.E, work, False)
+        return self._in_parts(size, params, work, scratch)
+
+    def _parts(self, size: int, params: EnsembleParams, work: _Work) -> Iterator[tuple[slice, Gradients]]:
         """The gradients of `size` members at a time: in memory is what these need, and one graph serves all parts.
 
-        They are collected in `scratch`: large tensors come from the system page by page, at each step anew.
+        What a part returns may be memory that the next one writes to (CUDA graphs).
         """
+        E = self.forward.check(params, work.buffers)  # whole, since a part does not show what is too long
         batch = self._prepared(work.batch)  # once: it may draw random numbers, and its index may be one for all members
         inputs, form = take_apart((batch, work.kwargs))
         if self.forward.member_inputs:
             check_member_axis(inputs, E)
+        for start in range(0, E, size):
+            rows = slice(start, min(start + size, E))
+            given = form.rebuild(iter(x[rows] if self.forward.member_inputs else x for x in inputs))
+            yield rows, self._run(E, work.part(rows, *given), True)
+
+    def _in_parts(self, size: int, params: EnsembleParams, work: _Work, scratch: dict[str, Tensor]) -> Gradients:
+        """The gradients of all members, part by part.
+
+        They are collected in `scratch`: large tensors come from the system page by page, at each step anew.
+        """
         for name, tensor in work.trained.stacked.items():
             if name not in scratch or not _alike(scratch[name], tensor):
                 scratch[name] = torch.empty_like(tensor)
         gradients = {name: scratch[name] for name in work.trained.stacked}
         losses: list[Tensor] = []
         new = {name: torch.empty_like(buffer) for name, buffer in (work.buffers or {}).items()}
-        for start in range(0, E, size):
-            rows = slice(start, start + size)
-            given = form.rebuild(iter(x[rows] if self.forward.member_inputs else x for x in inputs))
-            some, loss, states = self._run(E, work.part(rows, *given), True)
-            # Copies: what a part returns may be shared, or be memory that the next part writes to (CUDA graphs).
-            losses.append(loss.clone())
-            for whole, parts in ((gradients, some), (new, states)):
+        for rows, found in self._parts(size, params, work):
+            losses.append(found.losses.clone())
+            for whole, parts in ((gradients, found.gradients), (new, found.buffers)):
                 for name, value in parts.items():
                     if name not in work.trained.shared:
                         whole[name][rows] = value
@@ -332,7 +364,28 @@ class TrainStep:
                         whole[name] += value
                     else:
                         whole[name] = value.clone()
+            del found  # its memory is for the next part
         return Gradients(gradients, torch.cat(losses), new)
+
+    def _can_update_in_parts(self, trained: Trained) -> bool:
+        """Whether the members of a part may be updated before the gradients of the next are known."""
+        by_member = self._clip is None or self._clip[1] == "member"
+        whole_batch = self._accumulate == 1 and not self.stopped
+        return by_member and whole_batch and can_step_partly(self.optimizer, trained)
+
+    @torch.no_grad()
+    def _updated_in_parts(self, size: int, params: EnsembleParams, work: _Work) -> tuple[Tensor, dict[str, Tensor]]:
+        """A whole step, part by part: the losses, and the new buffers. No gradients are copied, or kept."""
+        step = PartlyStep(self.optimizer, self.trained(params))
+        losses: list[Tensor] = []
+        new = {name: torch.empty_like(buffer) for name, buffer in (work.buffers or {}).items()}
+        for rows, found in self._parts(size, params, work):
+            step(rows, self._clipped(found.gradients, params))
+            losses.append(found.losses.clone())
+            for name, value in found.buffers.items():
+                new[name][rows] = value
+            del found  # its memory is for the next part
+        return torch.cat(losses), new
 
     def _prepared(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """The inputs of the model, and then the target."""
