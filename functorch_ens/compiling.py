@@ -8,7 +8,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-import torch._inductor
+import torch._inductor.config
 
 # What torch.compile would look at before every call, and never finds changed: what a forward has made for itself, and
 # the code of this package and of torch. A thousand such guards take longer than a small step does. Not among them: the
@@ -39,3 +39,15 @@ def compiled_method(method: Callable[..., Any], options: Mapping[str, Any]) -> C
     # object from another, so each has code of its own.
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(MethodType(own, bound.__self__), **rest, options={**extra, "guard_filter_fn": needed})
+
+
+def cpu_options(loop: bool) -> dict[str, Any]:
+    """What torch.compile's own compiler is asked for on a CPU; `loop`: members are computed one after another."""
+    options: dict[str, Any] = {}
+    if torch._inductor.config.cpp.vec_isa_ok is None:
+        # Whether the C++ compiler knows AVX would be tried for each kind of it, for 6 seconds of a first compilation on
+        # two cores. One that can build torch's kernels knows it. (AMX, which may not be there, is tried all the same.)
+        options["cpp.vec_isa_ok"] = True
+    if loop:  # a weight that serves one member's rows is not worth a change of its layout before each convolution
+        options["layout_optimization"] = False
+    return options

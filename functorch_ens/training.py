@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from functorch_ens.call import check_member_axis
 from functorch_ens.checks import check_number, check_option, check_positive_int, shown
-from functorch_ens.compiling import compiled_method
+from functorch_ens.compiling import compiled_method, cpu_options
 from functorch_ens.forward import Forward
 from functorch_ens.losses import check_values, member_losses
 from functorch_ens.optimisers import Trained, clipped, use_fused_kernels, with_strides_of
@@ -84,7 +84,7 @@ def make_train_step(
         go to the model. A parameter that a batch does not use has a gradient of zero. The first call is computed once
         without the compiler too, where errors are the model's own: torch's global random state is that of one call.
         With a loop, or a `chunk_size`, the members are gone through in parts, and `prepare` is called before, once.
-        Each part of a classic ensemble is updated at once, by one call of `optimizer.step()`, where that is the same (an
+        Each part of a classic ensemble is updated at once, by a call of `optimizer.step()`, where that is the same (an
         optimiser that computes number by number, as SGD and Adam, or one over slices): the gradients of the other parts
         are then not in memory.
         `step.stopped.add(2)` ends the training of member 2 of a classic ensemble; the others go on.
@@ -438,10 +438,9 @@ class TrainStep:
         after = RandomState.of(tensors)
         before.restore()
         options = dict(self._options)
-        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-        if on_cpu and self.forward.compiled_plan(arguments[1].trained).strategy == "loop" and "backend" not in options:
-            # A weight that serves one member's rows is not worth a change of its layout before each convolution.
-            options["options"] = {"layout_optimization": False, **(options.get("options") or {})}
+        if all(tensor.device.type == "cpu" for tensor in tensors) and "backend" not in options:
+            loop = self.forward.compiled_plan(arguments[1].trained).strategy == "loop"
+            options["options"] = {**cpu_options(loop), **(options.get("options") or {})}
         compiled = compiled_method(self._gradients, options)
         try:
             result = compiled(*arguments)
