@@ -3,10 +3,12 @@
     python benchmarks/vmap_vs_be.py                        every case; about ten minutes on two cores
     python benchmarks/vmap_vs_be.py --quick                the small MLPs, few rounds; a minute
     python benchmarks/vmap_vs_be.py --case mlp-32 --members 16
+    python benchmarks/vmap_vs_be.py --device cuda          CUDA graphs, in float32 and in bfloat16 (autocast)
 
 Every time is the median of interleaved rounds (A B C A B C ...), every ratio is taken round by round, in one run.
 A step is the gradients and Adam, all in training mode. "E·B rows" is one network that is fed as many rows as the
-ensemble computes: what a BatchEnsemble would cost if its members were free.
+ensemble computes: what a BatchEnsemble would cost if its members were free. Its arithmetic, as torch counts it, is that
+of a classic ensemble too; it is set against the rate at which the machine multiplies large matrices.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +52,7 @@ from models import cnn
 from rivals import NotebookEnsemble, adam, member_after_member, member_as_rows, tabm_ensemble
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import functorch_ens as fe
@@ -103,12 +107,29 @@ CASES = {
     "cnn": Case("CNN with BatchNorm, 32 x 32", partial(cnn, 3, 10), (3, 32, 32), 5, 32),
     "resnet18": Case("ResNet-18, 32 x 32", resnet18, (3, 32, 32), 4, 16),
     "vit": Case("vision transformer, 32 x 32", small_vit, (3, 32, 32), 4, 8),
+    "large-mlp": _mlp_case(8, 1024, 4096, 4096, 4096, 10),
 }
 QUICK = ("mlp-32", "small-mlp")
+BY_DEFAULT = {"cpu": [name for name in CASES if name != "large-mlp"], "cuda": list(CASES)}
+AIMED_AT = {"cpu": "two CPU cores", "cuda": "a GPU"}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The contenders: what each of them calls in a phase, ready to be timed
+
+
+class Setting(NamedTuple):
+    """Where and how everything is computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of matrix products: float32, or bfloat16 by autocast."""
+    compile: Mapping[str, Any]
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Around a forward and its loss."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 class Contender(NamedTuple):
@@ -124,6 +145,7 @@ def of_modules(
     modules: Sequence[nn.Module],
     x: Tensor,
     loss: Callable[[Tensor], Tensor],
+    setting: Setting,
     compile: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Contender:
@@ -134,14 +156,16 @@ def of_modules(
     ]
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), setting.precision():
             for call in called:
                 call(x)
 
     def gradient() -> None:
         for module, call in zip(modules, called, strict=True):
             module.zero_grad()
-            loss(call(x)).backward()
+            with setting.precision():
+                value = loss(call(x))
+            value.backward()
 
     def step() -> None:
         gradient()
@@ -159,6 +183,7 @@ def of_library(
     buffers: dict[str, Tensor],
     x: Tensor,
     y: Tensor,
+    setting: Setting,
     compile: Mapping[str, Any] | None = None,
 ) -> Contender:
     """An ensemble by this library, on a copy of `params`."""
@@ -166,11 +191,12 @@ def of_library(
     forward = fe.make_forward(model)
     optimizer = torch.optim.Adam(tree_leaves(params), lr=1e-3)
     options = False if compile is None else compile
-    train = fe.make_train_step(forward, F.cross_entropy, optimizer, compile=options)
+    autocast = None if setting.dtype == torch.float32 else setting.dtype
+    train = fe.make_train_step(forward, F.cross_entropy, optimizer, autocast=autocast, compile=options)
     called = forward if compile is None else torch.compile(forward, **compile)
 
     def predict() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), setting.precision():
             called(params, x, buffers=buffers)
 
     calls = {
@@ -188,10 +214,9 @@ def _first_call(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def contenders(
-    case: Case, E: int, B: int, device: torch.device, compile: Mapping[str, Any], only: Sequence[str] = ()
-) -> dict[str, Contender]:
+def contenders(case: Case, E: int, B: int, setting: Setting, only: Sequence[str] = ()) -> dict[str, Contender]:
     """All that can be trained on `case`, or `only` those; the members' outputs are those of ordinary networks."""
+    device, compile = setting.device, setting.compile
     torch.manual_seed(0)
     modules = [case.make().to(device).train() for _ in range(E)]
     x = torch.randn(B, *case.shape, device=device)
@@ -207,19 +232,20 @@ def contenders(
         return F.cross_entropy(logits, y)
 
     def one(rows: Tensor, labels: Tensor) -> Contender:
-        return of_modules([case.make().to(device)], rows, lambda z: F.cross_entropy(z, labels), compile, fused=True)
+        model = case.make().to(device)
+        return of_modules([model], rows, lambda z: F.cross_entropy(z, labels), setting, compile, fused=True)
 
     def rival(module: nn.Module, loss: Any, **options: Any) -> Contender:
-        return of_modules([module.to(device)], x, partial(loss, y=y), **options)
+        return of_modules([module.to(device)], x, partial(loss, y=y), setting, **options)
 
     makers: dict[str, Callable[[], Contender]] = {
         "one network, compiled": lambda: one(x, y),
         ROWS: lambda: one(rows, labels),
-        LOOP: lambda: of_modules(modules, x, loss, fused=True),
-        "classic": lambda: of_library(model, classic, buffers, x, y),
-        CLASSIC: lambda: of_library(model, classic, buffers, x, y, compile),
-        "BatchEnsemble": lambda: of_library(model, batch, buffers, x, y),
-        BATCH: lambda: of_library(model, batch, buffers, x, y, compile),
+        LOOP: lambda: of_modules(modules, x, loss, setting, fused=True),
+        "classic": lambda: of_library(model, classic, buffers, x, y, setting),
+        CLASSIC: lambda: of_library(model, classic, buffers, x, y, setting, compile),
+        "BatchEnsemble": lambda: of_library(model, batch, buffers, x, y, setting),
+        BATCH: lambda: of_library(model, batch, buffers, x, y, setting, compile),
     }
     if case.sizes:
         makers[NOTEBOOK] = lambda: rival(NotebookEnsemble(case.sizes, E), member_after_member)
@@ -258,15 +284,31 @@ def measure(found: Mapping[str, Contender], rounds: int, device: torch.device) -
     }
 
 
-def growth(device: torch.device, compile: Mapping[str, Any], rounds: int) -> list[dict[str, Any]]:
+def arithmetic(case: Case, E: int, B: int) -> int:
+    """The floating point operations of the gradients of one network on E·B rows, as torch counts them."""
+    x, y = torch.randn(2, *case.shape), torch.zeros(2, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(case.make()(x), y).backward()
+    return counter.get_total_flops() * E * B // 2
+
+
+def matmul_rate(setting: Setting, rounds: int) -> float:
+    """Floating point operations a second, in the product of large square matrices."""
+    size = 8192 if setting.device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=setting.device, dtype=setting.dtype)
+    times = interleaved({"matmul": lambda: a @ b}, rounds, setting.device)["matmul"]
+    return 2 * size**3 / Spread.of(times).median
+
+
+def growth(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     """How a step of the notebook's MLP grows with E, and with B: seconds, by contender, E and B."""
     points = [(E, 32) for E in (1, 8, 64)] + [(5, B) for B in (8, 2048)]
     results = []
     for E, B in tqdm(points, desc="growth", disable=None):
         torch._dynamo.reset()
-        found = contenders(_mlp_case(E, B, *NOTEBOOK_MLP), E, B, device, compile, (ROWS, LOOP, CLASSIC, BATCH))
+        found = contenders(_mlp_case(E, B, *NOTEBOOK_MLP), E, B, setting, (ROWS, LOOP, CLASSIC, BATCH))
         calls = {name: contender.calls["step"] for name, contender in found.items()}
-        results.append({"E": E, "B": B, "seconds": interleaved(calls, rounds, device)})
+        results.append({"E": E, "B": B, "seconds": interleaved(calls, rounds, setting.device)})
     return results
 
 
@@ -309,30 +351,43 @@ class Aim(NamedTuple):
     most: float
 
 
-def aims() -> list[Aim]:
-    """What the library promises on two CPU cores."""
+def aims(device: str) -> list[Aim]:
+    """What the library promises on two CPU cores, and on a GPU."""
+    if device == "cuda":
+        return [Aim("classic / loop over modules", "small-mlp", ("step", CLASSIC, LOOP), 1 / 15)]
     found = []
     for B, most in ((32, 1.6), (256, 1.25), (1024, 1.25)):
         case = f"mlp-{B}"
         found.append(Aim("BatchEnsemble / one network on E·B rows", case, ("gradient", BATCH, ROWS), most))
         found.append(Aim("BatchEnsemble / notebook's", case, ("gradient", BATCH, NOTEBOOK), 0.5))
         found.append(Aim("BatchEnsemble / tabm", case, ("gradient", BATCH, TABM), 1.0))
-    for case in CASES:
+    for case in BY_DEFAULT["cpu"]:
         most = 0.1 if case == "small-mlp" else 1.0
         found.append(Aim("classic / loop over modules", case, ("step", CLASSIC, LOOP), most))
     return found
 
 
-def judged(results: Mapping[str, Mapping[str, Any]]) -> str:
+def judged(results: Mapping[str, Mapping[str, Any]], device: str) -> str:
     """The aims, and the ratios that were measured."""
     rows = [["", "case", "phase", "aim", "measured", "quartiles", "met"]]
-    for what, case, (phase, mine, theirs), most in aims():
+    for what, case, (phase, mine, theirs), most in aims(device):
         found = results.get(case, {})
         if mine in found and theirs in found:
             spread = ratio(found[mine]["seconds"][phase], found[theirs]["seconds"][phase])
             quartiles = f"{spread.low:.2f} to {spread.high:.2f}"
             met = "yes" if spread.median <= most else "no"
-            rows.append([what, case, phase, f"<= {most:g}", f"{spread.median:.2f}", quartiles, met])
+            rows.append([what, case, phase, f"<= {most:.3g}", f"{spread.median:.2f}", quartiles, met])
+    return aligned(rows)
+
+
+def shares(results: Mapping[str, Any], work: Mapping[str, int], rate: Mapping[str, float]) -> str:
+    """What the compiled gradients make of the rate of a large matrix product."""
+    names = (ROWS, CLASSIC, BATCH)
+    rows = [["", "GFLOP", *(f"{name}, GFLOP/s" if name == ROWS else name for name in names), "matmul"]]
+    for case, found in results.items():
+        rates = [work[case] / Spread.of(found[name]["seconds"]["gradient"]).median for name in names]
+        shown = [f"{each / 1e9:.0f} ({each / rate[case]:.0%})" for each in rates]
+        rows.append([case, f"{work[case] / 1e9:.2f}", *shown, f"{rate[case] / 1e9:.0f}"])
     return aligned(rows)
 
 
@@ -382,21 +437,32 @@ def draw(results: Mapping[str, Any], points: Sequence[Mapping[str, Any]], title:
     plt.close(figure)
 
 
+_PRECISION = "of matrix products: float32, bfloat16 (autocast), or both (default: float32; on a GPU both)"
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--case", nargs="+", choices=list(CASES), metavar="NAME", help=f"which: {', '.join(CASES)} (default: all)")
+    add(
+        "--case",
+        nargs="+",
+        choices=list(CASES),
+        metavar="NAME",
+        help=f"which: {', '.join(CASES)} (default: all; large-mlp: on a GPU)",
+    )
     add("--quick", action="store_true", help="the small MLPs alone, 3 rounds, no growth with E and B")
     add("--members", type=positive, metavar="E", help="members of an ensemble (default: what the case says)")
     add("--batch-size", type=positive, metavar="B", help="rows of a batch (default: what the case says)")
     add("--rounds", type=positive, metavar="N", help="rounds of measurement (default: 5)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
+    add("--precision", nargs="+", choices=list(PRECISIONS), metavar="DTYPE", help=_PRECISION)
     add("--json", type=Path, default=Path("vmap_vs_be.json"), metavar="FILE", help="default: %(default)s")
     add("--png", type=Path, default=Path("vmap_vs_be.png"), metavar="FILE", help="default: %(default)s")
     args = parser.parse_args(argv)
     check_device(parser, args.device)
     check_folders(parser, json=args.json, png=args.png)
-    args.case = args.case or list(QUICK if args.quick else CASES)
+    args.case = args.case or list(QUICK if args.quick else BY_DEFAULT[args.device])
+    args.precision = args.precision or (list(PRECISIONS) if args.device == "cuda" else ["float32"])
     args.rounds = args.rounds or (3 if args.quick else 5)
     return args
 
@@ -410,22 +476,31 @@ def main(argv: list[str] | None = None) -> None:
     where = machine(device)
     print(f"{where}; {args.rounds} interleaved rounds, medians ± half the range between the quartiles\n")
     results: dict[str, Any] = {}
-    for name in (bar := tqdm(args.case, desc="cases", disable=None)):
-        bar.set_postfix_str(name)
+    work: dict[str, int] = {}
+    rates: dict[str, float] = {}
+    settings = {name: Setting(device, PRECISIONS[name], compile) for name in args.precision}
+    of_matmul = {name: matmul_rate(setting, args.rounds) for name, setting in settings.items()}
+    for precision, name in (bar := tqdm(list(product(args.precision, args.case)), desc="cases", disable=None)):
+        key = name if precision == "float32" else f"{name}, {precision}"
+        bar.set_postfix_str(key)
         torch._dynamo.reset()
         case = CASES[name]
         E, B = args.members or case.E, args.batch_size or case.B
-        results[name] = measure(contenders(case, E, B, device, compile), args.rounds, device)
+        results[key] = measure(contenders(case, E, B, settings[precision]), args.rounds, device)
+        work[key], rates[key] = arithmetic(case, E, B), of_matmul[precision]
         with tqdm.external_write_mode():
-            print(f"{name}: {case.title}, E = {E}, B = {B}\n\n{table(results[name])}\n", flush=True)
+            print(f"{key}: {case.title}, E = {E}, B = {B}\n\n{table(results[key])}\n", flush=True)
+    print(f"Arithmetic of the gradients, and the share of a large matmul's rate\n\n{shares(results, work, rates)}\n")
     own = args.members is None and args.batch_size is None
-    points = growth(device, compile, args.rounds) if own and not args.quick and len(args.case) == len(CASES) else []
+    every = args.case == BY_DEFAULT[args.device] and own
+    points = growth(settings[args.precision[0]], args.rounds) if every else []
     if points:
         print(f"A step of the notebook's MLP, by members and batch size\n\n{grown(points)}\n")
     if own:
-        print(f"Aims (times divided; for two CPU cores)\n\n{judged(results)}\n")
-    settings = {key: value if isinstance(value, int | list | None) else str(value) for key, value in vars(args).items()}
-    write_json({"machine": where, "settings": settings, "cases": results, "growth": points}, args.json)
+        print(f"Aims (times divided; for {AIMED_AT[args.device]})\n\n{judged(results, args.device)}\n")
+    options = {key: value if isinstance(value, int | list | None) else str(value) for key, value in vars(args).items()}
+    found = {"cases": results, "flop": work, "matmul_flops": of_matmul, "growth": points}
+    write_json({"machine": where, "settings": options, **found}, args.json)
     draw(results, points, where, args.png)
     print(f"results: {args.json}\nplot: {args.png}")
 

@@ -69,12 +69,17 @@ def test_a_factory_and_a_model_that_is_not_equal_to_itself(tmp_path: Path) -> No
 def test_vmap_vs_be(tmp_path: Path) -> None:
     answer = _run(
         *("--case", "small-mlp", "--members", "2", "--batch-size", "4", "--rounds", "2"),
+        *("--precision", "float32", "bfloat16"),
         script="vmap_vs_be.py",
         cwd=tmp_path,
     )
     assert answer.returncode == 0, answer.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vmap_vs_be.json", "vmap_vs_be.png"]
-    found = json.loads((tmp_path / "vmap_vs_be.json").read_text())["cases"]["small-mlp"]
+    results = json.loads((tmp_path / "vmap_vs_be.json").read_text())
+    assert list(results["cases"]) == ["small-mlp", "small-mlp, bfloat16"]
+    # Two products forward and three backward, for the data needs no gradient; a multiplication and an addition each.
+    assert set(results["flop"].values()) == {2 * 4 * 2 * (2 * 20 * 64 + 3 * 64 * 64 + 3 * 64 * 10)}
+    found = results["cases"]["small-mlp"]
     assert {"loop over modules", "classic, compiled", "BatchEnsemble, compiled"} <= found.keys()
     one = 20 * 64 + 64 * 64 + 64 * 10 + 64 + 64 + 10
     vectors = 2 * (20 + 64 + 64 + 64 + 64 + 10)
@@ -91,7 +96,7 @@ def test_notebook_job(tmp_path: Path) -> None:
     answer = _run("--images", "70", "--members", "2", "--workers", "0", script="notebook_job.py", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     results = json.loads((tmp_path / "notebook_job.json").read_text())["results"]
-    assert len(results) == 4 and all(0 <= each["accuracy"] <= 1 and each["train"] > 0 for each in results.values())
+    assert len(results) == 5 and all(0 <= each["accuracy"] <= 1 and each["train"] > 0 for each in results.values())
 
 
 def test_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
