@@ -383,7 +383,7 @@ def judged(results: Mapping[str, Mapping[str, Any]], device: str) -> str:
 def shares(results: Mapping[str, Any], work: Mapping[str, int], rate: Mapping[str, float]) -> str:
     """What the compiled gradients make of the rate of a large matrix product."""
     names = (ROWS, CLASSIC, BATCH)
-    rows = [["", "GFLOP", *(f"{name}, GFLOP/s" if name == ROWS else name for name in names), "matmul"]]
+    rows = [["", "GFLOP", *names, "matmul"]]
     for case, found in results.items():
         rates = [work[case] / Spread.of(found[name]["seconds"]["gradient"]).median for name in names]
         shown = [f"{each / 1e9:.0f} ({each / rate[case]:.0%})" for each in rates]
@@ -490,7 +490,7 @@ def main(argv: list[str] | None = None) -> None:
         work[key], rates[key] = arithmetic(case, E, B), of_matmul[precision]
         with tqdm.external_write_mode():
             print(f"{key}: {case.title}, E = {E}, B = {B}\n\n{table(results[key])}\n", flush=True)
-    print(f"Arithmetic of the gradients, and the share of a large matmul's rate\n\n{shares(results, work, rates)}\n")
+    print(f"Gradients in GFLOP/s, and as a share of a large matrix product's\n\n{shares(results, work, rates)}\n")
     own = args.members is None and args.batch_size is None
     every = args.case == BY_DEFAULT[args.device] and own
     points = growth(settings[args.precision[0]], args.rounds) if every else []

@@ -69,17 +69,17 @@ def test_a_factory_and_a_model_that_is_not_equal_to_itself(tmp_path: Path) -> No
 def test_vmap_vs_be(tmp_path: Path) -> None:
     answer = _run(
         *("--case", "small-mlp", "--members", "2", "--batch-size", "4", "--rounds", "2"),
-        *("--precision", "float32", "bfloat16"),
+        *("--precision", "bfloat16"),
         script="vmap_vs_be.py",
         cwd=tmp_path,
     )
     assert answer.returncode == 0, answer.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vmap_vs_be.json", "vmap_vs_be.png"]
     results = json.loads((tmp_path / "vmap_vs_be.json").read_text())
-    assert list(results["cases"]) == ["small-mlp", "small-mlp, bfloat16"]
+    assert list(results["cases"]) == ["small-mlp, bfloat16"]
     # Two products forward and three backward, for the data needs no gradient; a multiplication and an addition each.
     assert set(results["flop"].values()) == {2 * 4 * 2 * (2 * 20 * 64 + 3 * 64 * 64 + 3 * 64 * 10)}
-    found = results["cases"]["small-mlp"]
+    found = results["cases"]["small-mlp, bfloat16"]
     assert {"loop over modules", "classic, compiled", "BatchEnsemble, compiled"} <= found.keys()
     one = 20 * 64 + 64 * 64 + 64 * 10 + 64 + 64 + 10
     vectors = 2 * (20 + 64 + 64 + 64 + 64 + 10)
