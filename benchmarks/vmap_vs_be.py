@@ -201,7 +201,7 @@ def of_library(
 
     calls = {
         "forward": predict,
-        "gradient": lambda: train.gradients(params, x, y, buffers=buffers),
+        "gradient": lambda: train.compute(params, x, y, buffers=buffers),
         "step": lambda: train(params, x, y, buffers=buffers),
     }
     seconds = None if compile is None else _first_call(calls["gradient"])
@@ -300,16 +300,23 @@ def matmul_rate(setting: Setting, rounds: int) -> float:
     return 2 * size**3 / Spread.of(times).median
 
 
-def growth(setting: Setting, rounds: int) -> list[dict[str, Any]]:
-    """How a step of the notebook's MLP grows with E, and with B: seconds, by contender, E and B."""
-    points = [(E, 32) for E in (1, 8, 64)] + [(5, B) for B in (8, 2048)]
-    results = []
-    for E, B in tqdm(points, desc="growth", disable=None):
+def growth(setting: Setting, rounds: int, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How a step of the notebook's MLP grows with E, and with B: seconds, by contender, E and B.
+
+    What is in the `results` of the cases is not measured again.
+    """
+    names = (ROWS, LOOP, CLASSIC, BATCH)
+    grown = []
+    for name, found in results.items():
+        if name in CASES and CASES[name].sizes == NOTEBOOK_MLP:
+            seconds = {contender: found[contender]["seconds"]["step"] for contender in names}
+            grown.append({"E": CASES[name].E, "B": CASES[name].B, "seconds": seconds})
+    for E, B in tqdm([(1, 32), (16, 32), (64, 32), (5, 4)], desc="growth", disable=None):
         torch._dynamo.reset()
-        found = contenders(_mlp_case(E, B, *NOTEBOOK_MLP), E, B, setting, (ROWS, LOOP, CLASSIC, BATCH))
+        found = contenders(_mlp_case(E, B, *NOTEBOOK_MLP), E, B, setting, names)
         calls = {name: contender.calls["step"] for name, contender in found.items()}
-        results.append({"E": E, "B": B, "seconds": interleaved(calls, rounds, setting.device)})
-    return results
+        grown.append({"E": E, "B": B, "seconds": interleaved(calls, rounds, setting.device)})
+    return sorted(grown, key=lambda point: (point["B"] != 32, point["B"], point["E"]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -493,7 +500,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Gradients in GFLOP/s, and as a share of a large matrix product's\n\n{shares(results, work, rates)}\n")
     own = args.members is None and args.batch_size is None
     every = args.case == BY_DEFAULT[args.device] and own
-    points = growth(settings[args.precision[0]], args.rounds) if every else []
+    points = growth(settings[args.precision[0]], args.rounds, results) if every else []
     if points:
         print(f"A step of the notebook's MLP, by members and batch size\n\n{grown(points)}\n")
     if own:

@@ -249,7 +249,7 @@ def with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(parameter).copy_(gradient)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether its numbers fill a stretch of memory, in any order: fused kernels go over all that is in it."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -266,7 +266,7 @@ def use_fused_kernels(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         open_to_it = "fused" in group and group["fused"] is None and not group["foreach"]
         served = all(
-            tensor.is_floating_point() and tensor.device.type in _FUSED_DEVICES and _is_dense(tensor)
+            tensor.is_floating_point() and tensor.device.type in _FUSED_DEVICES and is_dense(tensor)
             for tensor in group["params"]
         )
         if open_to_it and served and not group.get("differentiable"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from functorch_ens.optimisers import Trained, apart
+from functorch_ens.optimisers import Trained, apart, is_dense
 
 # What these compute of a number depends on no other number of its tensor. (Not so a subclass, which may do anything.)
 _BY_NUMBER = (
@@ -28,9 +28,13 @@ _BY_NUMBER = (
 
 
 def can_step_partly(optimizer: Optimizer, trained: Trained) -> bool:
-    """Whether steps for some members after others are one step for all: each has its own of all that is trained, and
-    the optimiser computes by members, or by single numbers."""
-    return not trained.params.shared and (not trained.whole or type(optimizer) in _BY_NUMBER)
+    """Whether steps for some members after others are one step for all.
+
+    Each member has its own of all that is trained, and the optimiser computes by members, or by single numbers, which
+    in memory lie member after member, for fused kernels take a stretch of it.
+    """
+    by_number = type(optimizer) in _BY_NUMBER and all(is_dense(stack[:1]) for stack in trained.whole.values())
+    return not trained.params.shared and (not trained.whole or by_number)
 
 
 class PartlyStep:

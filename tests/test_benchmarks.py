@@ -96,7 +96,7 @@ def test_notebook_job(tmp_path: Path) -> None:
     answer = _run("--images", "70", "--members", "2", "--workers", "0", script="notebook_job.py", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     results = json.loads((tmp_path / "notebook_job.json").read_text())["results"]
-    assert len(results) == 5 and all(0 <= each["accuracy"] <= 1 and each["train"] > 0 for each in results.values())
+    assert len(results) == 7 and all(0 <= each["accuracy"] <= 1 and each["train"] > 0 for each in results.values())
 
 
 def test_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_same, assert_untouched, loop, snapshot, tensors_of
 from torch import Tensor, nn
+from torchvision.models import resnet18
 from zoo import Matrices, Tied
 
 import functorch_ens as fe
@@ -115,6 +116,13 @@ def test_stacked_in_a_batchensemble_is_a_whole_copy() -> None:
     assert all(torch.equal(member, model.get_parameter("3.weight")) for member in params.stacked["3.weight"])
     only = fe.batchensemble_params(model, 3, layers=[], stacked="1.*")
     assert set(only.stacked) == {"1.weight", "1.bias"}
+
+
+def test_a_batchensemble_of_16_is_hardly_larger_than_one_network() -> None:
+    model = resnet18(num_classes=10)
+    params = fe.batchensemble_params(model, 16)
+    bytes_of_one = sum(parameter.nbytes for parameter in model.parameters())
+    assert sum(tensor.nbytes for part in params for tensor in part.values()) < 1.15 * bytes_of_one
 
 
 def test_stacked_biases_are_those_of_the_rank1_layers_and_start_from_the_models() -> None:

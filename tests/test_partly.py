@@ -199,3 +199,21 @@ def test_a_part_of_a_sweep_steps_the_members_of_it() -> None:
     for name, stack in params.stacked.items():
         by_member = rates.reshape(-1, *[1] * (stack.ndim - 1))
         assert_same(stack.detach(), (start.stacked[name] - by_member * gradients[name]).detach(), tolerance=1e-12)
+
+
+def test_members_that_do_not_lie_one_after_another_in_memory_are_updated_together() -> None:
+    """Rows of such a stack have gaps, which a fused kernel would write to."""
+    model, x, y = nn.Linear(3, 2).double(), randn(5, 3), randn(5, 2)
+    start, trained = fe.ensemble_params(model, 4), []
+    for apart in (True, False):
+        params = _copy(start)
+        if not apart:
+            weight = params.stacked["weight"].detach()
+            params.stacked["weight"] = weight.permute(1, 2, 0).contiguous().permute(2, 0, 1).requires_grad_()
+        optimizer = torch.optim.Adam(tree_leaves(params), lr=0.1)
+        step = fe.make_train_step(fe.make_forward(model, chunk_size=1), F.mse_loss, optimizer, compile=False)
+        assert optimizer.param_groups[0]["fused"]
+        for _ in range(3):
+            step(params, x, y)
+        trained.append(params)
+    assert_same(trained[1], trained[0], tolerance=1e-12)
