@@ -7,8 +7,7 @@
 
 Every time is the median of interleaved rounds (A B C A B C ...), every ratio is taken round by round, in one run.
 A step is the gradients and Adam, all in training mode. "E·B rows" is one network that is fed as many rows as the
-ensemble computes: what a BatchEnsemble would cost if its members were free. Its arithmetic, as torch counts it, is that
-of a classic ensemble too; it is set against the rate at which the machine multiplies large matrices.
+ensemble computes: what a BatchEnsemble would cost if its members were free.
 """
 
 from __future__ import annotations
@@ -111,6 +110,9 @@ CASES = {
 }
 QUICK = ("mlp-32", "small-mlp")
 BY_DEFAULT = {"cpu": [name for name in CASES if name != "large-mlp"], "cuda": list(CASES)}
+MATMUL = {"cpu": 2048, "cuda": 8192}
+"""The rows and columns of a large matrix."""
+SHARES = "The arithmetic of one network on E·B rows in the time of a step: GFLOP/s, and the share of a large matmul's"
 AIMED_AT = {"cpu": "two CPU cores", "cuda": "a GPU"}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -269,10 +271,16 @@ def _check(model: nn.Module, params: fe.EnsembleParams, x: Tensor) -> None:
 # Measuring
 
 
-def measure(found: Mapping[str, Contender], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Of each contender: seconds by phase, round by round, compilation, and the MB of what it keeps and uses."""
-    times = {phase: interleaved({n: c.calls[phase] for n, c in found.items()}, rounds, device) for phase in PHASES}
-    return {
+def measure(found: Mapping[str, Contender], rounds: int, setting: Setting) -> tuple[dict[str, Any], list[float]]:
+    """Of each contender: seconds by phase, round by round, compilation, and the MB of what it keeps and uses.
+
+    Also the seconds of a large matrix product, in the rounds of the steps.
+    """
+    device = setting.device
+    calls: dict[str, dict[str, Call]] = {phase: {n: c.calls[phase] for n, c in found.items()} for phase in PHASES}
+    calls["step"]["matmul"] = matmul(setting)
+    times = {phase: interleaved(calls[phase], rounds, device) for phase in PHASES}
+    results = {
         name: {
             "seconds": {phase: times[phase][name] for phase in PHASES},
             "compile_seconds": contender.compile_seconds,
@@ -282,6 +290,7 @@ def measure(found: Mapping[str, Contender], rounds: int, device: torch.device) -
         }
         for name, contender in found.items()
     }
+    return results, times["step"]["matmul"]
 
 
 def arithmetic(case: Case, E: int, B: int) -> int:
@@ -292,25 +301,29 @@ def arithmetic(case: Case, E: int, B: int) -> int:
     return counter.get_total_flops() * E * B // 2
 
 
-def matmul_rate(setting: Setting, rounds: int) -> float:
-    """Floating point operations a second, in the product of large square matrices."""
-    size = 8192 if setting.device.type == "cuda" else 2048
+def matmul(setting: Setting) -> Call:
+    """The product of two large square matrices."""
+    size = MATMUL[setting.device.type]
     a, b = torch.randn(2, size, size, device=setting.device, dtype=setting.dtype)
-    times = interleaved({"matmul": lambda: a @ b}, rounds, setting.device)["matmul"]
-    return 2 * size**3 / Spread.of(times).median
+    return lambda: a @ b
 
 
-def growth(setting: Setting, rounds: int, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _key(case: str, precision: str) -> str:
+    """What the results of a case are called."""
+    return case if precision == "float32" else f"{case}, {precision}"
+
+
+def growth(precision: str, setting: Setting, rounds: int, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """How a step of the notebook's MLP grows with E, and with B: seconds, by contender, E and B.
 
     What is in the `results` of the cases is not measured again.
     """
     names = (ROWS, LOOP, CLASSIC, BATCH)
     grown = []
-    for name, found in results.items():
-        if name in CASES and CASES[name].sizes == NOTEBOOK_MLP:
-            seconds = {contender: found[contender]["seconds"]["step"] for contender in names}
-            grown.append({"E": CASES[name].E, "B": CASES[name].B, "seconds": seconds})
+    for name, case in CASES.items():
+        if case.sizes == NOTEBOOK_MLP and (measured := results.get(_key(name, precision))):
+            seconds = {contender: measured[contender]["seconds"]["step"] for contender in names}
+            grown.append({"E": case.E, "B": case.B, "seconds": seconds})
     for E, B in tqdm([(1, 32), (16, 32), (64, 32), (5, 4)], desc="growth", disable=None):
         torch._dynamo.reset()
         found = contenders(_mlp_case(E, B, *NOTEBOOK_MLP), E, B, setting, names)
@@ -388,11 +401,11 @@ def judged(results: Mapping[str, Mapping[str, Any]], device: str) -> str:
 
 
 def shares(results: Mapping[str, Any], work: Mapping[str, int], rate: Mapping[str, float]) -> str:
-    """What the compiled gradients make of the rate of a large matrix product."""
+    """What the compiled steps make of the rate of a large matrix product."""
     names = (ROWS, CLASSIC, BATCH)
     rows = [["", "GFLOP", *names, "matmul"]]
     for case, found in results.items():
-        rates = [work[case] / Spread.of(found[name]["seconds"]["gradient"]).median for name in names]
+        rates = [work[case] / Spread.of(found[name]["seconds"]["step"]).median for name in names]
         shown = [f"{each / 1e9:.0f} ({each / rate[case]:.0%})" for each in rates]
         rows.append([case, f"{work[case] / 1e9:.2f}", *shown, f"{rate[case] / 1e9:.0f}"])
     return aligned(rows)
@@ -480,33 +493,34 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("functorch_ens").setLevel(logging.ERROR)
     device = torch.device(args.device)
     compile = {"mode": "reduce-overhead"} if args.device == "cuda" else {}
+    if args.device == "cuda":  # TF32 in matrix products too, as in convolutions by default
+        torch.set_float32_matmul_precision("high")
     where = machine(device)
     print(f"{where}; {args.rounds} interleaved rounds, medians ± half the range between the quartiles\n")
     results: dict[str, Any] = {}
     work: dict[str, int] = {}
     rates: dict[str, float] = {}
     settings = {name: Setting(device, PRECISIONS[name], compile) for name in args.precision}
-    of_matmul = {name: matmul_rate(setting, args.rounds) for name, setting in settings.items()}
     for precision, name in (bar := tqdm(list(product(args.precision, args.case)), desc="cases", disable=None)):
-        key = name if precision == "float32" else f"{name}, {precision}"
+        key = _key(name, precision)
         bar.set_postfix_str(key)
         torch._dynamo.reset()
         case = CASES[name]
         E, B = args.members or case.E, args.batch_size or case.B
-        results[key] = measure(contenders(case, E, B, settings[precision]), args.rounds, device)
-        work[key], rates[key] = arithmetic(case, E, B), of_matmul[precision]
+        results[key], times = measure(contenders(case, E, B, settings[precision]), args.rounds, settings[precision])
+        work[key], rates[key] = arithmetic(case, E, B), 2 * MATMUL[args.device] ** 3 / Spread.of(times).median
         with tqdm.external_write_mode():
             print(f"{key}: {case.title}, E = {E}, B = {B}\n\n{table(results[key])}\n", flush=True)
-    print(f"Gradients in GFLOP/s, and as a share of a large matrix product's\n\n{shares(results, work, rates)}\n")
+    print(f"{SHARES}\n\n{shares(results, work, rates)}\n")
     own = args.members is None and args.batch_size is None
     every = args.case == BY_DEFAULT[args.device] and own
-    points = growth(settings[args.precision[0]], args.rounds, results) if every else []
+    points = growth(args.precision[0], settings[args.precision[0]], args.rounds, results) if every else []
     if points:
-        print(f"A step of the notebook's MLP, by members and batch size\n\n{grown(points)}\n")
-    if own:
-        print(f"Aims (times divided; for {AIMED_AT[args.device]})\n\n{judged(results, args.device)}\n")
+        print(f"A step of the notebook's MLP, by members and batch size, {args.precision[0]}\n\n{grown(points)}\n")
+    if own and "float32" in args.precision:
+        print(f"Aims (times divided, float32; for {AIMED_AT[args.device]})\n\n{judged(results, args.device)}\n")
     options = {key: value if isinstance(value, int | list | None) else str(value) for key, value in vars(args).items()}
-    found = {"cases": results, "flop": work, "matmul_flops": of_matmul, "growth": points}
+    found = {"cases": results, "flop": work, "matmul_flop_per_s": rates, "growth": points}
     write_json({"machine": where, "settings": options, **found}, args.json)
     draw(results, points, where, args.png)
     print(f"results: {args.json}\nplot: {args.png}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch._dynamo.exc
 import torch._inductor.config
+import torch._inductor.cpu_vec_isa
 
 # What torch.compile would look at before every call, and never finds changed: what a forward has made for itself, and
 # the code of this package and of torch. A thousand such guards take longer than a small step does. Not among them: the
@@ -41,13 +44,29 @@ def compiled_method(method: Callable[..., Any], options: Mapping[str, Any]) -> C
     return torch.compile(MethodType(own, bound.__self__), **rest, options={**extra, "guard_filter_fn": needed})
 
 
-def cpu_options(loop: bool) -> dict[str, Any]:
-    """What torch.compile's own compiler is asked for on a CPU; `loop`: members are computed one after another."""
-    options: dict[str, Any] = {}
-    if torch._inductor.config.cpp.vec_isa_ok is None:
-        # Whether the C++ compiler knows AVX would be tried for each kind of it, for 6 seconds of a first compilation on
-        # two cores. One that can build torch's kernels knows it. (AMX, which may not be there, is tried all the same.)
-        options["cpp.vec_isa_ok"] = True
-    if loop:  # a weight that serves one member's rows is not worth a change of its layout before each convolution
-        options["layout_optimization"] = False
-    return options
+def compiled_on_cpu(
+    method: Callable[..., Any], options: Mapping[str, Any], loop: bool, arguments: tuple[Any, ...]
+) -> tuple[Callable[..., Any], Any]:
+    """`method`, compiled for a CPU, and its result for `arguments`; `loop`: it computes members one after another.
+
+    Before a first compilation torch tries whether the C++ compiler can build for each kind of AVX that the processor
+    has, which takes 6 seconds on two cores. Hardly one cannot, so here it is tried only where the compilation fails.
+    """
+    given = dict(options.get("options") or {})
+    # A weight that serves one member's rows is not worth a change of its layout before each convolution.
+    mine: dict[str, Any] = {"layout_optimization": False} if loop else {}
+    untried = {"cpp.vec_isa_ok": True} if _trial_can_wait() else {}
+    compiled = compiled_method(method, {**options, "options": {**mine, **untried, **given}})
+    try:
+        return compiled, compiled(*arguments)
+    except torch._dynamo.exc.BackendCompilerFailed:
+        if not untried or "cpp.vec_isa_ok" in given:
+            raise
+    torch._inductor.cpu_vec_isa.valid_vec_isa_list.cache_clear()  # which is of all compilations in this process
+    compiled = compiled_method(method, {**options, "options": {**mine, **given}})
+    return compiled, compiled(*arguments)
+
+
+def _trial_can_wait() -> bool:
+    """Whether it is of AVX (on ARM it decides more), and was neither asked for nor forbidden."""
+    return platform.machine() in ("x86_64", "AMD64") and torch._inductor.config.cpp.vec_isa_ok is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,11 +179,9 @@ class _Run:
         count = 0
         for batch in given:
             batch = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            found = self._step.compute(self._params, *batch, buffers=self._buffers)
-            self._stop_failed(found.losses, count)
-            new = self._step.update(self._params, found, self._buffers)
+            losses, new = self._step.run(self._params, batch, self._buffers, look=partial(self._stop_failed, count))
             self._buffers = None if self._buffers is None else new
-            losses = found.losses.to(torch.promote_types(found.losses.dtype, torch.float32))
+            losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
             total = losses.clone() if total is None else total + losses
             count += 1
             if scheduler is not None:
@@ -202,12 +201,12 @@ class _Run:
         bar.set_description(f"epoch {self.epoch + 1} of {epochs}", refresh=False)
         bar.set_postfix_str(f"loss {_shown(losses)}", refresh=False)
 
-    def _stop_failed(self, losses: Tensor, count: int) -> None:
-        """Stop members whose loss is nan or infinite; FloatingPointError where no other can go on."""
+    def _stop_failed(self, count: int, first: int, losses: Tensor) -> None:
+        """Stop members, from `first` on, whose loss is nan or infinite; FloatingPointError where no other can go on."""
         finite = losses.isfinite()
         if finite.all():
             return
-        failed = [i for i, good in enumerate(finite.tolist()) if not good and i not in self.stopped]
+        failed = [i for i, good in enumerate(finite.tolist(), first) if not good and i not in self.stopped]
         if not failed:
             return
         where = f"its loss is not finite in epoch {self.epoch + 1}, step {count + 1}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -125,7 +124,6 @@ class Trained:
             raise ValueError(
                 "params: one tensor has two names; tied parameters have one, as named_parameters() gives it"
             )
-        self._stacked = params.stacked
         self.whole: dict[str, Tensor] = {}
         """Those that are whole, by name."""
         self.slices: list[tuple[str, int, Tensor]] = []
@@ -156,36 +154,6 @@ class Trained:
             for keep in (True, False)
         )
         """What is trained, and what is not."""
-
-    @contextmanager
-    def given(self, gradients: dict[str, Tensor], stopped: Collection[int]) -> Iterator[None]:
-        """The optimiser's tensors with their gradients; afterwards `stopped` members are what they were before."""
-        gradients = apart(gradients)
-        whole = {name: tensor for name, tensor in self.whole.items() if name in gradients}
-        for name, tensor in whole.items():
-            tensor.grad = gradients[name]
-        for name, i, tensor in self.slices:
-            tensor.grad = gradients[name][i] if name in gradients and i not in stopped else None
-        index = sorted(stopped)
-        kept = {name: stack.detach()[index] for name, stack in self._stacked.items() if index and name in whole}
-        try:
-            yield
-        finally:
-            for tensor in (*whole.values(), *(tensor for _, _, tensor in self.slices)):
-                tensor.grad = None
-            with torch.no_grad():
-                for name, values in kept.items():
-                    self._stacked[name][index] = values
-
-
-def apart(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients, each in memory of its own: two may be one tensor (of a + b), which a hook could clip twice."""
-    places = set()
-    for name, gradient in gradients.items():
-        if gradient.data_ptr() in places:
-            gradients = {**gradients, name: gradient.clone()}
-        places.add(gradient.data_ptr())
-    return gradients
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

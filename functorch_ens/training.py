@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,14 @@ from torch.optim import Optimizer
 
 from functorch_ens.call import check_member_axis
 from functorch_ens.checks import check_number, check_option, check_positive_int, shown
-from functorch_ens.compiling import compiled_method, cpu_options
+from functorch_ens.compiling import compiled_method, compiled_on_cpu
 from functorch_ens.forward import Forward
 from functorch_ens.losses import check_values, member_losses
 from functorch_ens.optimisers import Trained, clipped, use_fused_kernels, with_strides_of
 from functorch_ens.params import EnsembleParams
-from functorch_ens.partly import PartlyStep, can_step_partly
 from functorch_ens.randomness import RandomState
 from functorch_ens.trees import take_apart
+from functorch_ens.updates import Update, can_be_parted
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,10 @@ def make_train_step(
         go to the model. A parameter that a batch does not use has a gradient of zero. The first call is computed once
         without the compiler too, where errors are the model's own: torch's global random state is that of one call.
         With a loop, or a `chunk_size`, the members are gone through in parts, and `prepare` is called before, once.
-        Each part of a classic ensemble is updated at once, by a call of `optimizer.step()`, where that is the same (an
-        optimiser that computes number by number, as SGD and Adam, or one over slices): the gradients of the other parts
-        are then not in memory.
+        A part of a classic ensemble is updated as soon as its gradients are known, and those of other parts are not in
+        memory, where the members are large and the optimiser computes number by number (SGD, Adam, ...; one without
+        hooks, and not with `accumulate` or `clip_by="ensemble"`). The loss must then not read what other members have,
+        and an error in a later part leaves the earlier ones updated.
         `step.stopped.add(2)` ends the training of member 2 of a classic ensemble; the others go on.
 
     Raises:
@@ -205,14 +207,31 @@ class TrainStep:
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """The loss of each member, `[E]`, before `params` are updated; with `buffers`, also the new ones."""
-        trained = self.trained(params)
-        size = self._part_size(params)
-        if size < params.E and self._can_update_in_parts(trained):
-            losses, new = self._updated_in_parts(size, params, self._work(params, batch, buffers, kwargs))
-        else:
-            found = self.compute(params, *batch, buffers=buffers, **kwargs)
-            losses, new = found.losses, self.update(params, found, buffers)
+        losses, new = self.run(params, batch, buffers, kwargs)
         return losses if buffers is None else (losses, new)
+
+    def run(
+        self,
+        params: EnsembleParams,
+        batch: tuple[Any, ...],
+        buffers: Mapping[str, Tensor] | None,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+        look: Callable[[int, Tensor], None] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A step: the losses of all members, and the new buffers.
+
+        Before members are updated `look(first, losses)` sees their losses, those of the members from `first` on; which
+        it adds to `stopped` are left as they are.
+        """
+        trained, size = self.trained(params), self._part_size(params)
+        by_member = self._clip is None or self._clip[1] == "member"
+        whole_batch = self._accumulate == 1
+        if size < params.E and by_member and whole_batch and can_be_parted(self.optimizer, trained):
+            return self._in_updated_parts(size, params, self._work(params, batch, buffers, kwargs), look)
+        found = self.compute(params, *batch, buffers=buffers, **kwargs)
+        if look is not None:
+            look(0, found.losses)
+        return found.losses, self.update(params, found, buffers)
 
     def update(
         self, params: EnsembleParams, found: Gradients, buffers: Mapping[str, Tensor] | None = None
@@ -224,21 +243,28 @@ class TrainStep:
             found: what `gradients` found of it.
             buffers: what `gradients` was given: members that have stopped keep theirs.
         """
-        trained, stopped = self.trained(params), sorted(self.stopped)
-        if stopped and trained.params.shared:
+        self._check_stopped(params)
+        Update(self.optimizer, self.trained(params))(found.gradients, self.stopped)
+        return self._without_stopped(found.buffers, buffers)
+
+    def _check_stopped(self, params: EnsembleParams) -> None:
+        shared, stopped = self.trained(params).params.shared, sorted(self.stopped)
+        if stopped and shared:
             raise ValueError(
                 f"stopped: members {stopped} cannot stop alone, for all share trained tensors, such as "
-                f"{next(iter(trained.params.shared))}"
+                f"{next(iter(shared))}"
             )
         if not all(isinstance(member, Integral) and 0 <= member < params.E for member in stopped):
             raise ValueError(f"stopped: expected numbers of members, from 0 to {params.E - 1}, got {stopped}")
-        new = found.buffers
-        if stopped and buffers is not None:
-            new = {name: buffer.clone() for name, buffer in new.items()}
-            for name, buffer in new.items():
-                buffer[stopped] = buffers[name][stopped]
-        with trained.given(found.gradients, stopped):
-            self.optimizer.step()
+
+    def _without_stopped(self, new: dict[str, Tensor], buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The new buffers, but those of before for members that have stopped."""
+        stopped = sorted(self.stopped)
+        if not stopped or buffers is None:
+            return new
+        new = {name: buffer.clone() for name, buffer in new.items()}
+        for name, buffer in new.items():
+            buffer[stopped] = buffers[name][stopped]
         return new
 
     def gradients(
@@ -262,7 +288,7 @@ class TrainStep:
         scratch: dict[str, Tensor],
     ) -> Gradients:
         work = self._work(params, batch, buffers, kwargs)
-        with torch.no_grad():  # torch.func takes the gradients: autograd has nothing to record
+        with torch.no_grad():
             found = self._accumulated(params, work, scratch)
             return found._replace(gradients=self._clipped(found.gradients, params))
 
@@ -271,10 +297,10 @@ class TrainStep:
         params: EnsembleParams,
         batch: tuple[Any, ...],
         buffers: Mapping[str, Tensor] | None,
-        kwargs: dict[str, Any],
+        kwargs: Mapping[str, Any],
     ) -> _Work:
         trained = self.trained(params)
-        return _Work(trained.params, trained.fixed, buffers, check_values(self._values, params.E), batch, kwargs)
+        return _Work(trained.params, trained.fixed, buffers, check_values(self._values, params.E), batch, dict(kwargs))
 
     def _clipped(self, gradients: dict[str, Tensor], params: EnsembleParams) -> dict[str, Tensor]:
         if self._clip is None:
@@ -334,7 +360,8 @@ class TrainStep:
         What a part returns may be memory that the next one writes to (CUDA graphs).
         """
         E = self.forward.check(params, work.buffers)  # whole, since a part does not show what is too long
-        batch = self._prepared(work.batch)  # once: it may draw random numbers, and its index may be one for all members
+        with torch.no_grad():
+            batch = self._prepared(work.batch)  # once: it may draw random numbers, and an index may be for all members
         inputs, form = take_apart((batch, work.kwargs))
         if self.forward.member_inputs:
             check_member_axis(inputs, E)
@@ -367,25 +394,23 @@ class TrainStep:
             del found  # its memory is for the next part
         return Gradients(gradients, torch.cat(losses), new)
 
-    def _can_update_in_parts(self, trained: Trained) -> bool:
-        """Whether the members of a part may be updated before the gradients of the next are known."""
-        by_member = self._clip is None or self._clip[1] == "member"
-        whole_batch = self._accumulate == 1 and not self.stopped
-        return by_member and whole_batch and can_step_partly(self.optimizer, trained)
-
-    @torch.no_grad()
-    def _updated_in_parts(self, size: int, params: EnsembleParams, work: _Work) -> tuple[Tensor, dict[str, Tensor]]:
-        """A whole step, part by part: the losses, and the new buffers. No gradients are copied, or kept."""
-        step = PartlyStep(self.optimizer, self.trained(params))
+    def _in_updated_parts(
+        self, size: int, params: EnsembleParams, work: _Work, look: Callable[[int, Tensor], None] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A whole step, part by part: no gradients are copied, and those of other parts are not in memory."""
+        self._check_stopped(params)
+        update = Update(self.optimizer, self.trained(params))
         losses: list[Tensor] = []
         new = {name: torch.empty_like(buffer) for name, buffer in (work.buffers or {}).items()}
         for rows, found in self._parts(size, params, work):
-            step(rows, self._clipped(found.gradients, params))
             losses.append(found.losses.clone())
+            if look is not None:
+                look(rows.start, losses[-1])
+            update(self._clipped(found.gradients, params), self.stopped, rows)
             for name, value in found.buffers.items():
                 new[name][rows] = value
             del found  # its memory is for the next part
-        return torch.cat(losses), new
+        return torch.cat(losses), self._without_stopped(new, work.buffers)
 
     def _prepared(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """The inputs of the model, and then the target."""
@@ -396,6 +421,7 @@ class TrainStep:
             raise TypeError(f"{where}: expected a tuple, the inputs of the model and the target, got {shown(batch)}")
         return batch
 
+    @torch.no_grad()  # torch.func takes the gradients: autograd has nothing to record
     def _run(self, *arguments: Any) -> Gradients:
         """`_gradients`, by the compiler where that is wanted and works."""
         if self._compiles and self._first:
@@ -437,13 +463,14 @@ class TrainStep:
         plain = self._gradients(*arguments)
         after = RandomState.of(tensors)
         before.restore()
-        options = dict(self._options)
-        if all(tensor.device.type == "cpu" for tensor in tensors) and "backend" not in options:
-            loop = self.forward.compiled_plan(arguments[1].trained).strategy == "loop"
-            options["options"] = {**cpu_options(loop), **(options.get("options") or {})}
-        compiled = compiled_method(self._gradients, options)
+        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors) and "backend" not in self._options
         try:
-            result = compiled(*arguments)
+            if on_cpu:
+                loop = self.forward.compiled_plan(arguments[1].trained).strategy == "loop"
+                compiled, result = compiled_on_cpu(self._gradients, self._options, loop, arguments)
+            else:
+                compiled = compiled_method(self._gradients, self._options)
+                result = compiled(*arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # it has just been computed, so the error is the compiler's

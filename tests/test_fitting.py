@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, TensorDataset
 
 import functorch_ens as fe
+from functorch_ens import updates
 
 N, E = 24, 3
 
@@ -27,17 +29,26 @@ def _net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 4)).double()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_members_are_updated_in_parts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(updates, "SMALL", 0)
+        yield
+
+
 class _Setting:
     """One run, made anew each time from the same seed."""
 
-    def __init__(self, kind: str = "classic", compile: Any = False, lr: float = 0.05) -> None:
+    def __init__(
+        self, kind: str = "classic", compile: Any = False, lr: float = 0.05, chunk_size: int | None = None
+    ) -> None:
         torch.manual_seed(1)
         self.x, self.y = randn(N, 3), torch.randint(4, (N,))
         self.model = _net().train()
         self.params = (fe.ensemble_params if kind == "classic" else fe.batchensemble_params)(self.model, E)
         self.buffers = fe.ensemble_buffers(self.model, E)
         self.optimizer = torch.optim.AdamW(tree_leaves(self.params), lr=lr)
-        self.forward = fe.make_forward(self.model)
+        self.forward = fe.make_forward(self.model, chunk_size=chunk_size)
         self.step = fe.make_train_step(
             self.forward, F.cross_entropy, self.optimizer, prepare=lambda i: (self.x[i], self.y[i]), compile=compile
         )
@@ -92,31 +103,43 @@ class _Interrupted(Exception):
     schedule_by=st.sampled_from(["epoch", "step"]),
     patience=st.sampled_from([None, 1, 2]),
     lr=st.sampled_from([0.05, 1.0]),
+    chunk_size=st.sampled_from([None, 2]),
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, at: int, schedule_by: str, patience: int | None, lr: float
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    at: int,
+    schedule_by: str,
+    patience: int | None,
+    lr: float,
+    chunk_size: int | None,
 ) -> None:
     """To the last bit: parameters, buffers, optimiser, schedule, order of the data, dropout, early stopping."""
     options: dict[str, Any] = {"schedule_by": schedule_by, "patience": patience, "monitor": "nll"}
-    whole = _Setting(kind, lr=lr)
+    whole = _Setting(kind, lr=lr, chunk_size=chunk_size)
     want = whole.fit(4, **options)
 
     file = tmp_path_factory.mktemp("run") / "run.pt"
-    first, count = _Setting(kind, lr=lr), 0
+    first, count = _Setting(kind, lr=lr, chunk_size=chunk_size), 0
+    parts = 2 if kind == "classic" and chunk_size else 1  # that a step is updated in
 
-    def interrupt(*_: Any) -> None:
+    step = first.optimizer.step
+
+    @wraps(step)
+    def interrupted() -> None:  # no hook: with hooks, no step is parted
         nonlocal count
+        step()
         count += 1
         if count > at:
             raise _Interrupted
 
-    first.optimizer.register_step_post_hook(interrupt)
+    first.optimizer.step = interrupted  # type: ignore[assignment, method-assign]
     try:
         first.fit(4, checkpoint=file, **options)
     except _Interrupted:
-        assert file.exists() is (at >= 3)
+        assert file.exists() is (at >= 3 * parts)
     torch.manual_seed(99)  # whatever has been drawn since
-    again = _Setting(kind, lr=lr)
+    again = _Setting(kind, lr=lr, chunk_size=chunk_size)
     again.generator.manual_seed(12 if file.exists() else 7)
     got = again.fit(4, checkpoint=file, **options)
     assert_same(tuple(got.params), tuple(want.params), tolerance=0)
@@ -154,9 +177,12 @@ def test_a_data_loader_draws_from_torchs_generator_which_is_kept_too(tmp_path: P
     assert_same(tuple(run(3, tmp_path / "run.pt").params), tuple(run(3, None).params), tolerance=0)
 
 
-def test_a_member_whose_loss_is_nan_is_named_and_spoils_no_other(caplog: pytest.LogCaptureFixture) -> None:
-    want = _Setting().fit(2)
-    broken = _Setting()
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_member_whose_loss_is_nan_is_named_and_spoils_no_other(
+    chunk_size: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    want = _Setting(chunk_size=chunk_size).fit(2)
+    broken = _Setting(chunk_size=chunk_size)
     with torch.no_grad():
         broken.params.stacked["4.bias"][1, 0] = float("nan")
     got = broken.fit(2)
@@ -168,14 +194,20 @@ def test_a_member_whose_loss_is_nan_is_named_and_spoils_no_other(caplog: pytest.
     assert got.history["loss"].isfinite().tolist() == [[True, False, True]] * 2
 
 
-def _linear(E: int = 3) -> tuple[fe.Forward, fe.EnsembleParams, Tensor, Tensor]:
+def _linear(E: int = 3, chunk_size: int | None = None) -> tuple[fe.Forward, fe.EnsembleParams, Tensor, Tensor]:
     torch.manual_seed(0)
     model = nn.Linear(3, 2).double()
-    return fe.make_forward(model, member_inputs=True), fe.ensemble_params(model, E), randn(E, 8, 3), randn(E, 8, 2)
+    return (
+        fe.make_forward(model, member_inputs=True, chunk_size=chunk_size),
+        fe.ensemble_params(model, E),
+        randn(E, 8, 3),
+        randn(E, 8, 2),
+    )
 
 
-def test_a_member_with_a_bad_row_stays_as_it_was_before_that_step() -> None:
-    forward, params, x, y = _linear()
+@pytest.mark.parametrize(("chunk_size", "clip_by"), [(None, "ensemble"), (2, "ensemble"), (2, "member"), (1, "member")])
+def test_a_member_with_a_bad_row_stays_as_it_was_before_that_step(chunk_size: int | None, clip_by: str) -> None:
+    forward, params, x, y = _linear(chunk_size=chunk_size)
     batches = [(x.clone(), y) for _ in range(3)]
     batches[1][0][1, 4] = float("inf")
     one = _linear()[1]
@@ -185,7 +217,7 @@ def test_a_member_with_a_bad_row_stays_as_it_was_before_that_step() -> None:
             F.mse_loss,
             torch.optim.Adam(tree_leaves(own), lr=0.1),
             clip_norm=1.0,
-            clip_by="ensemble",
+            clip_by=clip_by,
             compile=False,
         )
         for own in (params, one)
