@@ -260,6 +260,22 @@ def test_an_error_on_the_way_leaves_the_optimiser_whole() -> None:
         assert now["step"] == before[number]["step"] == 1
 
 
+def test_a_state_stays_the_same_tensors_and_an_old_gradient_is_dropped() -> None:
+    """As by a step of torch; a CUDA graph would know them by their place."""
+    model = _net().eval()
+    params = fe.ensemble_params(model, 3)
+    optimizer = torch.optim.Adam(tree_leaves(params))
+    step = fe.make_train_step(fe.make_forward(model, chunk_size=2), F.cross_entropy, optimizer, compile=False)
+    rows = _counted(optimizer)
+    step(params, *_batch())
+    before = {number: dict(state) for number, state in optimizer.state_dict()["state"].items()}
+    params.stacked["1.weight"].grad = torch.full_like(params.stacked["1.weight"], 9.0)
+    step(params, *_batch())
+    assert rows == [2, 1, 2, 1] and all(tensor.grad is None for tensor in tree_leaves(params))
+    for number, state in optimizer.state_dict()["state"].items():
+        assert state["step"] == 2 and all(value is before[number][key] for key, value in state.items())
+
+
 def test_the_gradients_of_one_member_are_in_memory() -> None:
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)])
     params, x = fe.ensemble_params(model, 8), torch.randn(4, 64)
