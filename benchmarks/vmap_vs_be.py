@@ -426,6 +426,7 @@ def draw(results: Mapping[str, Any], points: Sequence[Mapping[str, Any]], title:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     names, colours = (LOOP, ROWS, CLASSIC, BATCH), ("0.6", "tab:gray", "tab:blue", "tab:orange")
     figure, axes = plt.subplots(1, 3 if points else 1, figsize=(15 if points else 8, 4.6), layout="constrained")
@@ -440,7 +441,7 @@ def draw(results: Mapping[str, Any], points: Sequence[Mapping[str, Any]], title:
     first.set_xticks(range(len(results)), list(results), rotation=30, ha="right")
     first.set_ylabel("time of a step, loop over modules = 1")
     first.set_title("gradients and Adam, by case")
-    first.legend(fontsize="small")
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=4 if points else 2)
     for axis, label, fixed, value in [] if not points else [(axes[1], "E", "B", 32), (axes[2], "B", "E", 5)]:
         mine = sorted((point for point in points if point[fixed] == value), key=lambda point: point[label])
         for name, colour in zip(names, colours, strict=True):
@@ -449,6 +450,11 @@ def draw(results: Mapping[str, Any], points: Sequence[Mapping[str, Any]], title:
             axis.plot(sizes, milliseconds, "o--" if name == ROWS else "o-", label=name, color=colour)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        ticks = [point[label] for point in mine]
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_formatter("")
         axis.set_xlabel({"E": "members E", "B": "batch size B"}[label])
         axis.set_ylabel("milliseconds a step")
         axis.set_title(f"MLP {'-'.join(map(str, NOTEBOOK_MLP))}, {fixed} = {value}")
