@@ -9,6 +9,8 @@ two workers, ordinary modules, loops over members. A classic ensemble is E netwo
 one after another over the data; in "one pass", all of them on each batch, so that the data is loaded once. This
 library's way: the images held as bytes, a compiled step. What differs is how it is computed: the networks, the size of
 the batches and the number of steps are the same.
+
+Every run compiles anew, unless TORCHINDUCTOR_CACHE_DIR names a folder where torch keeps what it has compiled.
 """
 
 from __future__ import annotations

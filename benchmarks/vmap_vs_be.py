@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))  # every compilation is timed
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # what make_train_step asks for, for its rivals too
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # as make_train_step has it, for its rivals too
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import torch

@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.exc
 import torch._inductor.config
 import torch._inductor.cpu_vec_isa
+import torch._inductor.exc
 
 # What torch.compile would look at before every call, and never finds changed: what a forward has made for itself, and
 # the code of this package and of torch. A thousand such guards take longer than a small step does. Not among them: the
@@ -50,7 +51,7 @@ def compiled_on_cpu(
     """`method`, compiled for a CPU, and its result for `arguments`; `loop`: it computes members one after another.
 
     Before a first compilation torch tries whether the C++ compiler can build for each kind of AVX that the processor
-    has, which takes 6 seconds on two cores. Hardly one cannot, so here it is tried only where the compilation fails.
+    has. Hardly one cannot, so the plain trials, 6 of 8 seconds on two cores, are left for when a compilation fails.
     """
     given = dict(options.get("options") or {})
     # A weight that serves one member's rows is not worth a change of its layout before each convolution.
@@ -59,10 +60,11 @@ def compiled_on_cpu(
     compiled = compiled_method(method, {**options, "options": {**mine, **untried, **given}})
     try:
         return compiled, compiled(*arguments)
-    except torch._dynamo.exc.BackendCompilerFailed:
-        if not untried or "cpp.vec_isa_ok" in given:
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        of_cpp = isinstance(error.inner_exception, torch._inductor.exc.CppCompileError | ImportError | OSError)
+        if not (untried and of_cpp) or "cpp.vec_isa_ok" in given:
             raise
-    torch._inductor.cpu_vec_isa.valid_vec_isa_list.cache_clear()  # which is of all compilations in this process
+    _forget_what_was_not_tried()
     compiled = compiled_method(method, {**options, "options": {**mine, **given}})
     return compiled, compiled(*arguments)
 
@@ -70,3 +72,13 @@ def compiled_on_cpu(
 def _trial_can_wait() -> bool:
     """Whether it is of AVX (on ARM it decides more), and was neither asked for nor forbidden."""
     return platform.machine() in ("x86_64", "AMD64") and torch._inductor.config.cpp.vec_isa_ok is None
+
+
+def _forget_what_was_not_tried() -> None:
+    """torch remembers it for all compilations of this process."""
+    isa = torch._inductor.cpu_vec_isa
+    kinds = {kind for each in isa.supported_vec_isa_list for kind in type(each).__mro__}
+    answers: list[Any] = [isa.valid_vec_isa_list, *(vars(kind).get("__bool__") for kind in kinds)]
+    for answer in answers:
+        if hasattr(answer, "cache_clear"):
+            answer.cache_clear()

@@ -215,8 +215,9 @@ class _Run:
         self._stop(failed, where)
         self._failed.update(failed)
         if len(self._failed) == self._params.E:
-            raise FloatingPointError(f"members {failed}: {where}; no member is left")
-        log.warning("members %s: %s; they are trained no more, and the others go on", failed, where)
+            last = [member for member, why in self.stopped.items() if why == where]
+            raise FloatingPointError(f"members {last}: {where}; no member is left")
+        log.warning("members %s: %s; they are trained no more", failed, where)
 
     def _stop(self, members: list[int], why: str) -> None:
         new = [member for member in members if member not in self.stopped]

@@ -86,9 +86,9 @@ def make_train_step(
         without the compiler too, where errors are the model's own: torch's global random state is that of one call.
         With a loop, or a `chunk_size`, the members are gone through in parts, and `prepare` is called before, once.
         A part of a classic ensemble is updated as soon as its gradients are known, and those of other parts are not in
-        memory, where the members are large and the optimiser computes number by number (SGD, Adam, ...; one without
-        hooks, and not with `accumulate` or `clip_by="ensemble"`). The loss must then not read what other members have,
-        and an error in a later part leaves the earlier ones updated.
+        memory, where a member's tensors are large (128 KiB on average) and the optimiser computes number by number (one
+        without hooks, and not with `accumulate` or `clip_by="ensemble"`). Then the loss must not read what other members
+        have, and an error in a later part leaves the earlier ones updated.
         `step.stopped.add(2)` ends the training of member 2 of a classic ensemble; the others go on.
 
     Raises:
@@ -221,7 +221,7 @@ class TrainStep:
         """A step: the losses of all members, and the new buffers.
 
         Before members are updated `look(first, losses)` sees their losses, those of the members from `first` on; which
-        it adds to `stopped` are left as they are.
+        of these it adds to `stopped` are left as they are.
         """
         trained, size = self.trained(params), self._part_size(params)
         by_member = self._clip is None or self._clip[1] == "member"
@@ -398,7 +398,6 @@ class TrainStep:
         self, size: int, params: EnsembleParams, work: _Work, look: Callable[[int, Tensor], None] | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A whole step, part by part: no gradients are copied, and those of other parts are not in memory."""
-        self._check_stopped(params)
         update = Update(self.optimizer, self.trained(params))
         losses: list[Tensor] = []
         new = {name: torch.empty_like(buffer) for name, buffer in (work.buffers or {}).items()}
@@ -406,6 +405,7 @@ class TrainStep:
             losses.append(found.losses.clone())
             if look is not None:
                 look(rows.start, losses[-1])
+            self._check_stopped(params)
             update(self._clipped(found.gradients, params), self.stopped, rows)
             for name, value in found.buffers.items():
                 new[name][rows] = value

@@ -30,7 +30,7 @@ _BY_NUMBER = (
 )
 
 
-# A tensor of fewer bytes a member, on average, is copied in less time than it takes to exchange it.
+# Tensors that have fewer bytes a member, on average, are copied in less time than it takes to exchange them.
 SMALL = 2**17
 
 
@@ -64,6 +64,7 @@ class Update:
         self._optimizer = optimizer
         self._trained = trained
         self._before: dict[str, dict[str, Any]] | None = None
+        self._new: defaultdict[str, dict[str, Any]] = defaultdict(dict)
 
     def __call__(self, gradients: dict[str, Tensor], stopped: Collection[int] = (), rows: slice | None = None) -> None:
         """Update all that has gradients, but not the members that have `stopped`.
@@ -73,15 +74,15 @@ class Update:
             stopped: members.
             rows: of which members the gradients are, `{name: [k, ...]}`; None: of all.
         """
+        first, end = (0, None) if rows is None else (rows.start, rows.stop)
+        still = [i - first for i in sorted(stopped) if i >= first and (end is None or i < end)]
         gradients = _apart(gradients)
         whole = {name: self._trained.whole[name] for name in gradients if name in self._trained.whole}
         parts = whole if rows is None else {name: stack.detach()[rows] for name, stack in whole.items()}
         for name, part in parts.items():
-            part.grad = gradients[name]
+            part.grad = _zero_in(gradients[name], still) if still else gradients[name]
         for name, i, tensor in self._trained.slices:
             tensor.grad = gradients[name][i] if name in gradients and i not in stopped else None
-        first, end = (0, None) if rows is None else (rows.start, rows.stop)
-        still = [i - first for i in sorted(stopped) if i >= first and (end is None or i < end)]
         kept = {name: part.detach()[still] for name, part in parts.items()} if still else {}
         try:
             with nullcontext() if rows is None else self._exchanged(whole, parts, rows):
@@ -95,7 +96,10 @@ class Update:
 
     @contextmanager
     def _exchanged(self, whole: dict[str, Tensor], parts: dict[str, Tensor], rows: slice) -> Iterator[None]:
-        """While this lasts, the optimiser holds `rows` of its stacks and of their state, which are the same memory."""
+        """While this lasts, the optimiser holds `rows` of its stacks and of their state, which are the same memory.
+
+        What a step adds to the state is put there when all rows are done, so that an error leaves none of it half made.
+        """
         optimizer = self._optimizer
         state, held = optimizer.state, [group["params"] for group in optimizer.param_groups]
         if self._before is None:
@@ -107,7 +111,7 @@ class Update:
         try:
             optimizer.state = of_rows
             for group, tensors in zip(optimizer.param_groups, held, strict=True):
-                group["params"] = [exchanged.get(id(tensor), tensor) for tensor in tensors]
+                group["params"] = [exchanged[id(tensor)] for tensor in tensors if id(tensor) in exchanged]
             yield
         finally:
             optimizer.state = state
@@ -115,7 +119,24 @@ class Update:
                 group["params"] = tensors
         for name, part in parts.items():
             for key, value in of_rows[part].items():
-                _keep(state[whole[name]], key, value, whole[name], rows)
+                self._keep(name, key, value, rows)
+
+    def _keep(self, name: str, key: str, value: Any, rows: slice) -> None:
+        """Of the state of a stack, what the step has left in that of its `rows`."""
+        stack = self._trained.whole[name]
+        before, new = (self._before or {})[name].get(key), self._new[name]  # SGD without momentum has None before
+        if isinstance(value, Tensor) and value.shape == stack[rows].shape:
+            if before is None:
+                before = new.setdefault(key, torch.zeros_like(stack, dtype=value.dtype))
+            if before[rows].data_ptr() != value.data_ptr():  # it is new, and was not updated in place
+                before[rows] = value
+        elif isinstance(before, Tensor):
+            if rows.stop == len(stack):  # the number of steps, which is the same for all rows
+                before.copy_(value)
+        else:
+            new[key] = value
+        if rows.stop == len(stack) and new:
+            self._optimizer.state[stack].update(new)
 
 
 def _of(rows: slice, value: Any, stack: Tensor) -> Any:
@@ -125,19 +146,11 @@ def _of(rows: slice, value: Any, stack: Tensor) -> Any:
     return value[rows] if value.shape == stack.shape else value.clone()
 
 
-def _keep(state: dict[str, Any], key: str, value: Any, stack: Tensor, rows: slice) -> None:
-    """Into the `state` of a stack, what the step has left in that of its `rows`."""
-    before = state.get(key)  # SGD without momentum has None
-    if isinstance(value, Tensor) and value.shape == stack[rows].shape:
-        if before is None:
-            before = state[key] = torch.zeros_like(stack, dtype=value.dtype)
-        if before[rows].data_ptr() != value.data_ptr():  # it is new, and was not updated in place
-            before[rows] = value
-    elif rows.stop == len(stack):  # the number of steps: the same for all rows, and counted when all are done
-        if isinstance(before, Tensor):
-            before.copy_(value)
-        else:
-            state[key] = value
+def _zero_in(gradient: Tensor, rows: list[int]) -> Tensor:
+    """`gradient` without that of `rows`, which may be nan: an optimiser would keep it in its state."""
+    gradient = gradient.clone()
+    gradient[rows] = 0
+    return gradient
 
 
 def _apart(gradients: dict[str, Tensor]) -> dict[str, Tensor]:

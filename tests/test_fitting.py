@@ -267,6 +267,21 @@ def test_where_none_can_go_on_it_is_an_error() -> None:
         classic.fit(2)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+def test_after_a_batch_that_spoils_all_members_another_run_is_sound(chunk_size: int | None) -> None:
+    run = _Setting(chunk_size=chunk_size)
+    run.fit(1)
+    rows, run.x = run.x, run.x.new_full(run.x.shape, float("nan"))
+    before = {name: stack.detach().clone() for name, stack in run.params.stacked.items()}
+    with pytest.raises(FloatingPointError, match=r"members \[0, 1, 2\]: .* epoch 1, step 1; no member is left"):
+        run.fit(1)
+    assert_same({name: stack.detach() for name, stack in run.params.stacked.items()}, before, tolerance=0)
+    run.x = rows
+    fitted = run.fit(1)
+    assert fitted.stopped == {} and fitted.history["loss"].isfinite().all()
+    assert all(leaf.isfinite().all() for leaf in tree_leaves(run.params))
+
+
 def _run_by_values(values: Tensor, kind: str, patience: int) -> tuple[fe.Fitted, list[Any], list[Any]]:
     """A run whose monitored values `[epochs, E]` are given; what it returned, and its state after each epoch."""
     own, epoch = _Setting(kind), 0

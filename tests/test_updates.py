@@ -14,13 +14,15 @@ from cases import randn
 from hypothesis import given
 from hypothesis import strategies as st
 from measure import peak_memory
-from oracle import assert_same
+from oracle import assert_same, compiler
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
 from functorch_ens import updates
+
+BACKEND = compiler()
 
 BY_NUMBER: dict[str, Any] = {
     "Adadelta": partial(torch.optim.Adadelta, weight_decay=0.1),
@@ -258,6 +260,109 @@ def test_an_error_on_the_way_leaves_the_optimiser_whole() -> None:
         assert_same(tensor[1:].detach(), was[1:].detach(), tolerance=0)
         assert_same(now["exp_avg"][1:], before[number]["exp_avg"][1:], tolerance=0)
         assert now["step"] == before[number]["step"] == 1
+
+
+# Adagrad has its state from the start, in which the parts before the error have been counted.
+@pytest.mark.parametrize("optimiser", BY_NUMBER.keys() - {"Adagrad"})
+def test_a_first_step_that_fails_half_way_leaves_no_state(optimiser: str) -> None:
+    """... so the next one is a first step."""
+    model = _net().eval()
+    params, (x, y) = fe.ensemble_params(model, 3), (randn(3, 6, 3), torch.randint(4, (3, 6)))
+    forward, wrong = fe.make_forward(model, chunk_size=1, member_inputs=True), y.clone()
+    wrong[2, 2] = 9
+    optimizer = BY_NUMBER[optimiser](tree_leaves(params), lr=0.01)
+    step = fe.make_train_step(forward, F.cross_entropy, optimizer, compile=False)
+    with pytest.raises(ValueError, match="labels: expected 0 <= y < 4"):
+        step(params, x, wrong)
+    start = _copy(params)
+    other = BY_NUMBER[optimiser](tree_leaves(start), lr=0.01)
+    whole = fe.make_train_step(forward, F.cross_entropy, other, compile=False)
+    for _ in range(2):
+        step(params, x, y)
+        whole.update(start, whole.compute(start, x, y))
+    assert_same((tree_leaves(params), _state(optimizer)), (tree_leaves(start), _state(other)), tolerance=1e-12)
+
+
+def test_a_frozen_tensor_with_an_old_gradient_stays() -> None:
+    model = _net().eval()
+    params = fe.ensemble_params(model, 3)
+    optimizer = torch.optim.SGD(tree_leaves(params), lr=0.1)
+    frozen = params.stacked["1.bias"].requires_grad_(False)
+    frozen.grad, before = torch.ones_like(frozen), frozen.clone()
+    rows = _counted(optimizer)
+    fe.make_train_step(fe.make_forward(model, chunk_size=2), F.cross_entropy, optimizer, compile=False)(
+        params, *_batch()
+    )
+    assert rows == [2, 1] and torch.equal(frozen, before)
+
+
+def test_members_that_stop_when_their_losses_are_seen_stay_as_they_were() -> None:
+    model = _net().train()
+    for chunk_size, seen in ((1, [0, 1, 2]), (2, [0, 2]), (None, [0])):
+        params, buffers = fe.ensemble_params(model, 3), fe.ensemble_buffers(model, 3)
+        optimizer = torch.optim.Adam(tree_leaves(params))
+        forward = fe.make_forward(model, chunk_size=chunk_size)
+        step = fe.make_train_step(forward, F.cross_entropy, optimizer, compile=False)
+        start, firsts = _copy(params), []
+
+        def look(first: int, losses: Tensor) -> None:
+            firsts.append(first)  # noqa: B023
+            step.stopped.update({1} & set(range(first, first + len(losses))))  # noqa: B023
+
+        _, new = step.run(params, _batch(), buffers, look=look)
+        assert firsts == seen
+        for now, before in (
+            *((params.stacked[name].detach(), start.stacked[name].detach()) for name in params.stacked),
+            *((new[name], buffers[name]) for name in buffers),
+        ):
+            same = [torch.equal(now[i], before[i]) for i in range(3)]
+            assert same == [False, True, False]
+        step.stopped = {7}
+        moved = _copy(params)
+        with pytest.raises(ValueError, match=r"stopped: expected numbers of members, from 0 to 2, got \[7\]"):
+            step(params, *_batch(), buffers=new)
+        assert_same(tree_leaves(params), tree_leaves(moved), tolerance=0)
+
+
+def test_a_stopped_member_leaves_no_nan_in_the_state() -> None:
+    model = _net().eval()
+    for chunk_size in (1, None):
+        params = fe.ensemble_params(model, 2)
+        optimizer = torch.optim.Adam(tree_leaves(params))
+        forward = fe.make_forward(model, chunk_size=chunk_size, member_inputs=True)
+        step = fe.make_train_step(forward, F.cross_entropy, optimizer, compile=False)
+        x, y = randn(2, 6, 3), torch.randint(4, (2, 6))
+        x[1] = float("nan")
+        step.stopped = {1}
+        found = step.compute(params, x, y)
+        assert found.gradients["1.weight"][1].isnan().all()
+        step.update(params, found)
+        assert found.gradients["1.weight"][1].isnan().all()  # it is the caller's
+        step(params, x, y)
+        assert all(value.isfinite().all() for state in _state(optimizer).values() for value in state.values())
+
+
+def test_compiled_parts_are_updated_as_the_whole() -> None:
+    model = _net().train()
+    start, runs = fe.ensemble_params(model, 3), []
+    for at_once in (True, False):
+        params, buffers = _copy(start), fe.ensemble_buffers(model, 3)
+        optimizer = torch.optim.Adam(tree_leaves(params))
+        rows = _counted(optimizer)
+        forward = fe.make_forward(model, chunk_size=2)
+        step = fe.make_train_step(
+            forward, F.cross_entropy, optimizer, compile=False if at_once else {"backend": BACKEND}
+        )
+        torch.manual_seed(1)
+        for _ in range(3):
+            batch = _batch()
+            if at_once:
+                buffers = step.update(params, step.compute(params, *batch, buffers=buffers), buffers)
+            else:
+                _, buffers = step(params, *batch, buffers=buffers)
+        runs.append((tree_leaves(params), buffers, _state(optimizer)))
+    assert rows == [2, 1] * 3
+    assert_same(runs[1], runs[0], tolerance=1e-9)
 
 
 def test_a_state_stays_the_same_tensors_and_an_old_gradient_is_dropped() -> None:
