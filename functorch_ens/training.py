@@ -87,8 +87,8 @@ def make_train_step(
         With a loop, or a `chunk_size`, the members are gone through in parts, and `prepare` is called before, once.
         A part of a classic ensemble is updated as soon as its gradients are known, and those of other parts are not in
         memory, where a member's tensors are large (128 KiB on average) and the optimiser computes number by number (one
-        without hooks, and not with `accumulate` or `clip_by="ensemble"`). Then the loss must not read what other members
-        have, and an error in a later part leaves the earlier ones updated.
+        without hooks, and not with `accumulate` or `clip_by="ensemble"`). Then the loss must not read what others have,
+        and an error in a later part leaves the earlier ones updated.
         `step.stopped.add(2)` ends the training of member 2 of a classic ensemble; the others go on.
 
     Raises:
