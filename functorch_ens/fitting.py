@@ -179,7 +179,7 @@ class _Run:
         count = 0
         for batch in given:
             batch = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            losses, new = self._step.run(self._params, batch, self._buffers, look=partial(self._stop_failed, count))
+            losses, new = self._step.run(self._params, batch, self._buffers, {}, partial(self._stop_failed, count))
             self._buffers = None if self._buffers is None else new
             losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
             total = losses.clone() if total is None else total + losses

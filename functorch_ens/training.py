@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from numbers import Integral
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -215,7 +214,7 @@ class TrainStep:
         params: EnsembleParams,
         batch: tuple[Any, ...],
         buffers: Mapping[str, Tensor] | None,
-        kwargs: Mapping[str, Any] = MappingProxyType({}),
+        kwargs: dict[str, Any],
         look: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A step: the losses of all members, and the new buffers.
@@ -223,12 +222,13 @@ class TrainStep:
         Before members are updated `look(first, losses)` sees their losses, those of the members from `first` on; which
         of these it adds to `stopped` are left as they are.
         """
-        trained, size = self.trained(params), self._part_size(params)
+        work, size = self._work(params, batch, buffers, kwargs), self._part_size(params)
         by_member = self._clip is None or self._clip[1] == "member"
-        whole_batch = self._accumulate == 1
-        if size < params.E and by_member and whole_batch and can_be_parted(self.optimizer, trained):
-            return self._in_updated_parts(size, params, self._work(params, batch, buffers, kwargs), look)
-        found = self.compute(params, *batch, buffers=buffers, **kwargs)
+        if size < params.E and by_member and self._accumulate == 1:
+            trained = self.trained(params)
+            if can_be_parted(self.optimizer, trained):
+                return self._in_updated_parts(size, params, trained, work, look)
+        found = self._found(params, work, self._scratch)
         if look is not None:
             look(0, found.losses)
         return found.losses, self.update(params, found, buffers)
@@ -243,19 +243,20 @@ class TrainStep:
             found: what `gradients` found of it.
             buffers: what `gradients` was given: members that have stopped keep theirs.
         """
-        self._check_stopped(params)
-        Update(self.optimizer, self.trained(params))(found.gradients, self.stopped)
+        trained = self.trained(params)
+        self._check_stopped(params.E, trained)
+        Update(self.optimizer, trained)(found.gradients, self.stopped)
         return self._without_stopped(found.buffers, buffers)
 
-    def _check_stopped(self, params: EnsembleParams) -> None:
-        shared, stopped = self.trained(params).params.shared, sorted(self.stopped)
+    def _check_stopped(self, E: int, trained: Trained) -> None:
+        shared, stopped = trained.params.shared, sorted(self.stopped)
         if stopped and shared:
             raise ValueError(
                 f"stopped: members {stopped} cannot stop alone, for all share trained tensors, such as "
                 f"{next(iter(shared))}"
             )
-        if not all(isinstance(member, Integral) and 0 <= member < params.E for member in stopped):
-            raise ValueError(f"stopped: expected numbers of members, from 0 to {params.E - 1}, got {stopped}")
+        if not all(isinstance(member, Integral) and 0 <= member < E for member in stopped):
+            raise ValueError(f"stopped: expected numbers of members, from 0 to {E - 1}, got {stopped}")
 
     def _without_stopped(self, new: dict[str, Tensor], buffers: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The new buffers, but those of before for members that have stopped."""
@@ -271,23 +272,15 @@ class TrainStep:
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Gradients:
         """What a step computes before it updates: the gradients, clipped, the losses `[E]` and the new buffers."""
-        return self._found(params, batch, buffers, kwargs, {})
+        return self._found(params, self._work(params, batch, buffers, kwargs), {})
 
     def compute(
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Gradients:
         """The first half of a step: `gradients`, but in memory that the next step writes to again."""
-        return self._found(params, batch, buffers, kwargs, self._scratch)
+        return self._found(params, self._work(params, batch, buffers, kwargs), self._scratch)
 
-    def _found(
-        self,
-        params: EnsembleParams,
-        batch: tuple[Any, ...],
-        buffers: Mapping[str, Tensor] | None,
-        kwargs: dict[str, Any],
-        scratch: dict[str, Tensor],
-    ) -> Gradients:
-        work = self._work(params, batch, buffers, kwargs)
+    def _found(self, params: EnsembleParams, work: _Work, scratch: dict[str, Tensor]) -> Gradients:
         with torch.no_grad():
             found = self._accumulated(params, work, scratch)
             return found._replace(gradients=self._clipped(found.gradients, params))
@@ -297,10 +290,10 @@ class TrainStep:
         params: EnsembleParams,
         batch: tuple[Any, ...],
         buffers: Mapping[str, Tensor] | None,
-        kwargs: Mapping[str, Any],
+        kwargs: dict[str, Any],
     ) -> _Work:
         trained = self.trained(params)
-        return _Work(trained.params, trained.fixed, buffers, check_values(self._values, params.E), batch, dict(kwargs))
+        return _Work(trained.params, trained.fixed, buffers, check_values(self._values, params.E), batch, kwargs)
 
     def _clipped(self, gradients: dict[str, Tensor], params: EnsembleParams) -> dict[str, Tensor]:
         if self._clip is None:
@@ -357,7 +350,7 @@ class TrainStep:
     def _parts(self, size: int, params: EnsembleParams, work: _Work) -> Iterator[tuple[slice, Gradients]]:
         """The gradients of `size` members at a time: in memory is what these need, and one graph serves all parts.
 
-        What a part returns may be memory that the next one writes to (CUDA graphs).
+        The next one may write to the memory of a part (CUDA graphs): it is to be used, or copied, before.
         """
         E = self.forward.check(params, work.buffers)  # whole, since a part does not show what is too long
         with torch.no_grad():
@@ -395,17 +388,22 @@ class TrainStep:
         return Gradients(gradients, torch.cat(losses), new)
 
     def _in_updated_parts(
-        self, size: int, params: EnsembleParams, work: _Work, look: Callable[[int, Tensor], None] | None
+        self,
+        size: int,
+        params: EnsembleParams,
+        trained: Trained,
+        work: _Work,
+        look: Callable[[int, Tensor], None] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A whole step, part by part: no gradients are copied, and those of other parts are not in memory."""
-        update = Update(self.optimizer, self.trained(params))
+        update = Update(self.optimizer, trained)
         losses: list[Tensor] = []
         new = {name: torch.empty_like(buffer) for name, buffer in (work.buffers or {}).items()}
         for rows, found in self._parts(size, params, work):
             losses.append(found.losses.clone())
             if look is not None:
                 look(rows.start, losses[-1])
-            self._check_stopped(params)
+            self._check_stopped(params.E, trained)
             update(self._clipped(found.gradients, params), self.stopped, rows)
             for name, value in found.buffers.items():
                 new[name][rows] = value

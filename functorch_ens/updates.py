@@ -29,7 +29,6 @@ _BY_NUMBER = (
     torch.optim.SGD,
 )
 
-
 # Tensors that have fewer bytes a member, on average, are copied in less time than it takes to exchange them.
 SMALL = 2**17
 
@@ -50,7 +49,7 @@ def can_be_parted(optimizer: Optimizer, trained: Trained) -> bool:
         type(optimizer) in _BY_NUMBER
         and not trained.params.shared
         and not trained.slices
-        and sum(stack[0].nbytes for stack in stacks) >= SMALL * len(stacks)
+        and sum(stack.nbytes // len(stack) for stack in stacks) >= SMALL * len(stacks)
         and not any(hooks)
         and not any(group["differentiable"] for group in optimizer.param_groups)
         and all(is_dense(stack[:1]) for stack in stacks)
@@ -63,7 +62,7 @@ class Update:
     def __init__(self, optimizer: Optimizer, trained: Trained) -> None:
         self._optimizer = optimizer
         self._trained = trained
-        self._before: dict[str, dict[str, Any]] | None = None
+        self._before: dict[str, dict[str, Any]] = {}
         self._new: defaultdict[str, dict[str, Any]] = defaultdict(dict)
 
     def __call__(self, gradients: dict[str, Tensor], stopped: Collection[int] = (), rows: slice | None = None) -> None:
@@ -102,7 +101,7 @@ class Update:
         """
         optimizer = self._optimizer
         state, held = optimizer.state, [group["params"] for group in optimizer.param_groups]
-        if self._before is None:
+        if not self._before:
             self._before = {name: dict(state.get(stack, {})) for name, stack in whole.items()}
         of_rows: defaultdict[Any, Any] = defaultdict(dict)
         for name, part in parts.items():
@@ -120,14 +119,18 @@ class Update:
         for name, part in parts.items():
             for key, value in of_rows[part].items():
                 self._keep(name, key, value, rows)
+            if self._new[name] and rows.stop == len(whole[name]):
+                state[whole[name]].update(self._new[name])
 
     def _keep(self, name: str, key: str, value: Any, rows: slice) -> None:
         """Of the state of a stack, what the step has left in that of its `rows`."""
         stack = self._trained.whole[name]
-        before, new = (self._before or {})[name].get(key), self._new[name]  # SGD without momentum has None before
+        before, new = self._before[name].get(key), self._new[name]  # SGD without momentum has None before
         if isinstance(value, Tensor) and value.shape == stack[rows].shape:
             if before is None:
-                before = new.setdefault(key, torch.zeros_like(stack, dtype=value.dtype))
+                if key not in new:
+                    new[key] = torch.zeros_like(stack, dtype=value.dtype)
+                before = new[key]
             if before[rows].data_ptr() != value.data_ptr():  # it is new, and was not updated in place
                 before[rows] = value
         elif isinstance(before, Tensor):
@@ -135,8 +138,6 @@ class Update:
                 before.copy_(value)
         else:
             new[key] = value
-        if rows.stop == len(stack) and new:
-            self._optimizer.state[stack].update(new)
 
 
 def _of(rows: slice, value: Any, stack: Tensor) -> Any:

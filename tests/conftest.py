@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import register_random, settings
 
+from functorch_ens import updates
+
 # A compilation or a first call can take a second; how long an example takes says nothing here.
 # The same examples at every run of CI; new ones at every other run.
 settings.register_profile("project", deadline=None, max_examples=100, print_blob=True, derandomize="CI" in os.environ)
@@ -29,3 +31,11 @@ def _fresh_torch() -> Iterator[None]:
     torch.manual_seed(0)
     torch.compiler.reset()
     yield
+
+
+@pytest.fixture(scope="module")
+def small_members_are_updated_in_parts() -> Iterator[None]:
+    """As only large ones are elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(updates, "SMALL", 0)
+        yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, TensorDataset
 
 import functorch_ens as fe
-from functorch_ens import updates
 
 N, E = 24, 3
 
@@ -29,11 +28,7 @@ def _net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 4)).double()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_members_are_updated_in_parts() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(updates, "SMALL", 0)
-        yield
+pytestmark = pytest.mark.usefixtures("small_members_are_updated_in_parts")
 
 
 class _Setting:

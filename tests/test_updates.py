@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial, wraps
 from typing import Any
@@ -41,11 +40,7 @@ BY_NUMBER: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_members_too() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(updates, "SMALL", 0)
-        yield
+pytestmark = pytest.mark.usefixtures("small_members_are_updated_in_parts")
 
 
 def _net() -> nn.Module:
@@ -309,7 +304,7 @@ def test_members_that_stop_when_their_losses_are_seen_stay_as_they_were() -> Non
             firsts.append(first)  # noqa: B023
             step.stopped.update({1} & set(range(first, first + len(losses))))  # noqa: B023
 
-        _, new = step.run(params, _batch(), buffers, look=look)
+        _, new = step.run(params, _batch(), buffers, {}, look)
         assert firsts == seen
         for now, before in (
             *((params.stacked[name].detach(), start.stacked[name].detach()) for name in params.stacked),
