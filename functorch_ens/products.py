@@ -49,8 +49,15 @@ def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w
         assert x_dim is not None
         return F.linear(x.movedim(x_dim, 0), weight), 0  # [E, B, I] x [I, O]: the members are rows
     weight = weight.movedim(weight_dim, 0)
+    given = "... i"
     if x_dim is not None:
-        return einsum(x.movedim(x_dim, 0), weight, "e ... i, e o i -> e ... o"), 0
+        x, given = x.movedim(x_dim, 0), "e ... i"
+    # Few rows become columns: the gradient of a weight then comes as the weight lies, and need not be turned over.
+    rows = x.shape[0 if x_dim is None else 1 : -1].numel()
+    if rows < max(weight.shape[1:]):
+        return einsum(weight, x, f"e o i, {given} -> e o ...").movedim(1, -1), 0
+    if x_dim is not None:
+        return einsum(x, weight, "e ... i, e o i -> e ... o"), 0
     # One input for all, [B, I] x [I, E O]: the members are columns. A batched product would read the input E times.
     y = F.linear(x, rearrange(weight, "e o i -> (e o) i"))
     return rearrange(y, "... (e o) -> ... e o", e=info.batch_size), y.ndim - 1

@@ -65,6 +65,16 @@ def test_a_product_equals_one_member_after_another(
     assert_same(_slopes(together, tensors), _slopes(plain, tensors))
 
 
+@pytest.mark.parametrize("own_inputs", [False, True])
+def test_the_gradient_of_weights_of_few_rows_lies_as_they_do(own_inputs: bool) -> None:
+    """Else it is turned over, a copy of all members' weights."""
+    for rows, direct in ((7, True), (8, False)):
+        x, weight = randn(*[3] * own_inputs, rows, 5), randn(3, 8, 5)
+        together = vmap(torch.ops.functorch_ens.product, in_dims=(0 if own_inputs else None, 0))
+        _, slope = _slopes(together, (x, weight))
+        assert slope.is_contiguous() == (direct or not own_inputs)
+
+
 @given(
     data=st.data(),
     E=members,
