@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from threading import Thread
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -14,26 +17,22 @@ import torch._inductor.config
 import torch._inductor.cpu_vec_isa
 import torch._inductor.exc
 
-# What torch.compile would look at before every call, and never finds changed: what a forward has made for itself, and
-# the code of this package and of torch. A thousand such guards take longer than a small step does. Not among them: the
-# user's model, its classes, and the functions that it keeps, which its template shares.
-_FIXED = (
-    r"^self\.forward\._(expected|convolutions|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
-    r"(?!.*__(closure|code|defaults|kwdefaults|globals|func|self)__)"
-    r"|^G\['__(import_(torch|functorch_ens|einops|contextlib)(_dot_\w+)?|builtins_dict_\w*)'\]|^__import__\('torch'\)"
-)
+log = logging.getLogger(__name__)
 
 
 def compiled_method(method: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
     """`method`, of an object with a `forward`, by torch.compile with `options`."""
     bound: Any = method
     function = bound.__func__
-    names = "|".join(name for name in function.__globals__ if not name.startswith("__"))
-    fixed = re.compile(rf"{_FIXED}|^G\['({names})'\]")
+    fixed = _fixed(function)
     rest = dict(options)
     extra = dict(rest.pop("options", None) or {})
     if mode := rest.pop("mode", None):  # torch.compile takes a mode or options, but a mode is a name for some
         extra = {**torch._inductor.list_mode_options(mode, rest.get("dynamic")), **extra}
+    if rest.get("backend", "inductor") == "inductor":
+        from functorch_ens.lookups import ComparedLookups  # imports the compiler, which takes a second
+
+        extra.setdefault("post_grad_custom_pre_pass", ComparedLookups())
     theirs = extra.get("guard_filter_fn", lambda guards: [True] * len(guards))
 
     def needed(guards: Sequence[Any]) -> list[bool]:
@@ -45,6 +44,23 @@ def compiled_method(method: Callable[..., Any], options: Mapping[str, Any]) -> C
     return torch.compile(MethodType(own, bound.__self__), **rest, options={**extra, "guard_filter_fn": needed})
 
 
+def _fixed(function: FunctionType) -> re.Pattern[str]:
+    """What torch.compile would look at before every call of a method, and never finds changed.
+
+    That is what a forward has made for itself, and the code of this package and of torch: a thousand guards take longer
+    than a small step does. Not among them: the user's model, its classes, and the functions that it keeps, which its
+    template shares.
+    """
+    own = "|".join(name for name in function.__globals__ if not name.startswith("__"))
+    modules = r"__import_(torch|functorch_ens|einops|contextlib)(_dot_\w+)?|__builtins_dict_\w*"
+    named_tuples = r"___unnamed_scope_\w*'\]\['_tuple_new"
+    return re.compile(
+        r"^self\.forward\._(expected|convolutions|template\._(module|pristine|aliases|pairs\[\d+\]\[1\]))"
+        r"(?!.*__(closure|code|defaults|kwdefaults|globals|func|self)__)"
+        rf"|^((dict|type|list|dict\.keys)\()*(G\['({own}|{modules}|{named_tuples})'\]|__import__\('(torch|collections)'\))"
+    )
+
+
 def compiled_on_cpu(
     method: Callable[..., Any], options: Mapping[str, Any], loop: bool, arguments: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], Any]:
@@ -52,11 +68,14 @@ def compiled_on_cpu(
 
     Before a first compilation torch tries whether the C++ compiler can build for each kind of AVX that the processor
     has. Hardly one cannot, so the plain trials, 6 of 8 seconds on two cores, are left for when a compilation fails.
+    Those of AMX, 2 seconds, are made while the method is traced.
     """
     given = dict(options.get("options") or {})
     # A weight that serves one member's rows is not worth a change of its layout before each convolution.
     mine: dict[str, Any] = {"layout_optimization": False} if loop else {}
     untried = {"cpp.vec_isa_ok": True} if _trial_can_wait() else {}
+    if untried:
+        _begin_other_trials()
     compiled = compiled_method(method, {**options, "options": {**mine, **untried, **given}})
     try:
         return compiled, compiled(*arguments)
@@ -67,6 +86,33 @@ def compiled_on_cpu(
     _forget_what_was_not_tried()
     compiled = compiled_method(method, {**options, "options": {**mine, **given}})
     return compiled, compiled(*arguments)
+
+
+@cache
+def _begin_other_trials() -> None:
+    """In a thread, once: `_try_others`."""
+    import torch._inductor.codecache
+    import torch._inductor.cpp_builder
+    import torch.utils._filelock  # noqa: F401  imported by two threads at once, a module may be seen half made
+
+    Thread(target=_try_others, daemon=True).start()
+
+
+def _try_others() -> None:
+    """What torch tries besides: it then finds the outcome in its cache, whose files it locks."""
+    isa = torch._inductor.cpu_vec_isa
+    try:
+        known, plain = isa.x86_isa_checker(), isa.VecISA._avx_code
+        for kind in map(type, isa.supported_vec_isa_list):
+
+            class Ahead(kind):  # type: ignore[misc, valid-type]  # its answers are not taken for those of `kind`
+                def check_build(self, code: str) -> bool:
+                    return code == plain or super().check_build(code)
+
+            if all(flag in known for flag in str(Ahead()).split()):
+                bool(Ahead())
+    except Exception as error:  # a torch that does it in another way, and in its own time
+        log.debug("nothing was tried ahead of a compilation: %r", error)
 
 
 def _trial_can_wait() -> bool:

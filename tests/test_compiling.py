@@ -21,7 +21,9 @@ from torch._inductor.exc import CppCompileError
 from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
+from functorch_ens import compiling
 
+ALWAYS = ("guard_filter_fn", "post_grad_custom_pre_pass")
 TRIAL = "cpp.vec_isa_ok"
 REFUSED = CppCompileError(["g++"], "unknown option -mavx512f")
 
@@ -36,7 +38,7 @@ def _options_of_a_step(
     asked: list[dict[str, Any]] = []
 
     def fake(function: Any, **options: Any) -> Any:
-        given = {name: value for name, value in options["options"].items() if name != "guard_filter_fn"}
+        given = {name: value for name, value in options["options"].items() if name not in ALWAYS}
         asked.append(given)
 
         def call(*arguments: Any) -> Any:
@@ -47,6 +49,7 @@ def _options_of_a_step(
         return call
 
     monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(compiling, "_begin_other_trials", lambda: None)
     model = nn.Linear(3, 2)
     params, x, y = fe.ensemble_params(model, 2), torch.ones(5, 3), torch.ones(5, 2)
     steps = [
@@ -87,7 +90,46 @@ def test_where_it_fails_it_is_tried(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     assert "goes on without it: C++ compile error" in caplog.text
 
 
-@pytest.mark.skipif(compiler() != "inductor" or platform.machine() != "x86_64", reason="it is about g++ and AVX")
+def _run(script: str, cache: Path, **environment: str) -> list[str]:
+    """The words that a new process prints, in which nothing has been compiled or tried."""
+    given = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **environment}
+    given.pop("TORCHINDUCTOR_VEC_ISA_OK", None)
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=given)
+    assert answer.returncode == 0, answer.stderr
+    assert "goes on without" not in answer.stderr
+    return answer.stdout.split()
+
+
+with_avx = pytest.mark.skipif(
+    compiler() != "inductor" or platform.machine() != "x86_64", reason="it is about g++ and AVX"
+)
+
+
+@with_avx
+def test_torch_finds_what_was_tried_ahead(tmp_path: Path) -> None:
+    """It runs the compiler for none of its trials, and its own answers are not touched before."""
+    script = """
+import torch, torch._inductor.cpp_builder as builder, torch._inductor.cpu_vec_isa as isa
+from functorch_ens.compiling import _try_others
+runs, run = [], builder._run_compile_cmd
+builder._run_compile_cmd = lambda *arguments: runs.append(arguments) or run(*arguments)
+before = [dict(vars(each)) for each in isa.supported_vec_isa_list]
+_try_others()
+print(isa.valid_vec_isa_list.cache_info().currsize, before == [vars(each) for each in isa.supported_vec_isa_list])
+ahead = len(runs)
+with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
+    isa.pick_vec_isa()
+print(ahead > 0 or "avx512_vnni" not in isa.x86_isa_checker(), len(runs) - ahead)
+"""
+    assert _run(script, tmp_path) == ["0", "True", "True", "0"]
+
+
+def test_trials_ahead_that_fail_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch._inductor.cpu_vec_isa.supported_vec_isa_list")
+    compiling._try_others()
+
+
+@with_avx
 def test_a_compiler_without_avx_is_found_out(tmp_path: Path) -> None:
     """The step is compiled all the same, and so is what the user compiles in that process."""
     wrapper = tmp_path / "old-g++"
@@ -108,8 +150,4 @@ step = fe.make_train_step(fe.make_forward(model), loss, torch.optim.SGD(tree_lea
 step(params, torch.ones(5, 3), torch.ones(5, 2))
 print(torch.compile(lambda x: (x + 1).relu() * 3)(torch.ones(99)).sum().item())
 """
-    environment = {**os.environ, "CXX": str(wrapper), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    environment.pop("TORCHINDUCTOR_VEC_ISA_OK", None)
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.split() == ["594.0"] and "goes on without" not in answer.stderr
+    assert _run(script, tmp_path / "cache", CXX=str(wrapper)) == ["594.0"]

@@ -1,0 +1,118 @@
+"""The pass over compiled graphs that compares instead of scattering: the same numbers, and only where it may."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import assert_same, compiler
+from torch import Tensor, nn
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
+
+import functorch_ens as fe
+from functorch_ens.lookups import ComparedLookups
+
+aten = torch.ops.aten
+
+
+def _passed(function: Any, *tensors: Tensor, symbolic: bool = False) -> GraphModule:
+    """The graph of `function`, as the pass leaves it."""
+    module = make_fx(function, tracing_mode="symbolic" if symbolic else "fake")(*tensors)
+    mode = next(node.meta["val"].fake_mode for node in module.graph.nodes if node.op == "placeholder")
+    assert isinstance(mode, FakeTensorMode)
+    with V.set_fake_mode(mode):
+        ComparedLookups()(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def _scatters(graph: Graph) -> int:
+    return len(graph.find_nodes(op="call_function", target=aten.scatter_add.default))
+
+
+def _into(shape: list[int], dim: int, start: float = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """Adding into numbers that are all `start`."""
+
+    def add(index: Tensor, source: Tensor) -> Tensor:
+        whole = aten.full.default(shape, start, dtype=dtype, device=torch.device("cpu"), pin_memory=False)
+        return aten.scatter_add.default(whole, dim, index, source)
+
+    return add
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    data=st.data(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.int64]),
+)
+def test_one_number_a_row_is_compared(shape: list[int], data: st.DataObject, dtype: torch.dtype) -> None:
+    dim = data.draw(st.integers(-len(shape), len(shape) - 1))
+    rows = list(shape)
+    rows[dim] = 1
+    index, source = torch.randint(shape[dim], rows), torch.randn(rows).mul(9).to(dtype)
+    add = _into(shape, dim, dtype=dtype)
+    module = _passed(add, index, source)
+    assert not _scatters(module.graph)
+    got = module(index, source)
+    assert got.dtype == dtype
+    assert_same(got, add(index, source))
+
+
+@pytest.mark.parametrize(
+    ("index", "source", "start"),
+    [
+        ([3, 2], [3, 2], 0.0),  # two numbers a row may meet
+        ([2, 1], [2, 1], 0.0),  # rows that get none
+        ([3, 1], [3, 2], 0.0),  # of which some are not added
+        ([3, 1], [3, 1], 1.0),  # into something
+    ],
+)
+def test_anything_else_is_left_as_it_is(index: list[int], source: list[int], start: float) -> None:
+    add = _into([3, 4], 1, start)
+    given = torch.zeros(index, dtype=torch.long), torch.randn(source, dtype=torch.float64)
+    module = _passed(add, *given)
+    assert _scatters(module.graph) == 1
+    assert_same(module(*given), add(*given))
+
+
+def test_sizes_that_are_not_known_are_left_as_they_are() -> None:
+    def add(index: Tensor, source: Tensor) -> Tensor:
+        zeros = aten.full.default([len(index), 4], 0, dtype=source.dtype, device=source.device, pin_memory=False)
+        return aten.scatter_add.default(zeros, 1, index, source)
+
+    given = torch.tensor([[3], [0], [1]]), torch.randn(3, 1)
+    module = _passed(add, *given, symbolic=True)
+    assert _scatters(module.graph) == 1
+    assert_same(module(*given), add(*given))
+
+
+@pytest.mark.skipif(compiler() != "inductor", reason="it is a pass of inductor")
+@pytest.mark.parametrize("params_of", [fe.ensemble_params, fe.batchensemble_params])
+def test_a_train_step_has_no_scatter_left(monkeypatch: pytest.MonkeyPatch, params_of: Any) -> None:
+    counts = []
+    run = ComparedLookups.__call__
+
+    def counted(self: ComparedLookups, graph: Graph) -> None:
+        before = _scatters(graph)
+        run(self, graph)
+        counts.append((before, _scatters(graph)))
+
+    monkeypatch.setattr(ComparedLookups, "__call__", counted)
+    monkeypatch.setattr(ComparedLookups, "uuid", lambda self: None)  # no cache, or there may be nothing to compile
+    model = nn.Linear(4, 3).double()
+    params = params_of(model, 5)
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.tensor([0, 1, 2, -100, 0, 1, 2])
+    steps = [fe.make_train_step(fe.make_forward(model), F.cross_entropy, optimizer, compile=c) for c in (True, False)]
+    compiled, plain = (step.gradients(params, x, y) for step in steps)
+    assert_same(compiled, plain)
+    assert counts == [(1, 0)]
