@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
 from functorch_ens import compiling
+from functorch_ens.lookups import ComparedLookups
 
-ALWAYS = ("guard_filter_fn", "post_grad_custom_pre_pass")
+PASS = "post_grad_custom_pre_pass"
 TRIAL = "cpp.vec_isa_ok"
 REFUSED = CppCompileError(["g++"], "unknown option -mavx512f")
 
@@ -33,12 +35,13 @@ def _options_of_a_step(
     compile: Any = True,
     fails: Callable[[Mapping[str, Any]], bool] = lambda _: False,
     error: Exception = REFUSED,
+    about: str = "cpp.",
 ) -> list[dict[str, Any]]:
-    """Those that torch.compile gets, call by call, for one step that is as it would be without compiling."""
+    """Those `about` something that torch.compile gets, call by call; the step is as it would be without compiling."""
     asked: list[dict[str, Any]] = []
 
     def fake(function: Any, **options: Any) -> Any:
-        given = {name: value for name, value in options["options"].items() if name not in ALWAYS}
+        given = {name: value for name, value in options["options"].items() if name.startswith(about)}
         asked.append(given)
 
         def call(*arguments: Any) -> Any:
@@ -75,6 +78,16 @@ def test_avx_is_not_tried_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -
         assert _options_of_a_step(monkeypatch) == [{}]
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert _options_of_a_step(monkeypatch) == [{}]
+
+
+def test_a_pass_of_the_users_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = ComparedLookups()
+    options_of = partial(_options_of_a_step, monkeypatch, about=PASS)
+    assert [isinstance(options[PASS], ComparedLookups) for options in options_of()] == [True]
+    assert [options[PASS] is mine for options in options_of({"options": {PASS: mine}})] == [True]
+    assert options_of({"backend": "eager"}) == [{}]
+    with torch._inductor.config.patch({PASS: mine}):
+        assert options_of() == [{}]
 
 
 @pytest.mark.usefixtures("_on_x86")
