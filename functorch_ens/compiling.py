@@ -6,6 +6,7 @@ import logging
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from functools import cache
 from threading import Thread
 from types import FunctionType, MethodType
@@ -50,6 +51,8 @@ def _fixed(function: FunctionType) -> re.Pattern[str]:
     That is what a forward has made for itself, and the code of this package and of torch: a thousand guards take longer
     than a small step does. Not among them: the user's model, its classes, and the functions that it keeps, which its
     template shares.
+
+    `dict(...)`, `type(...)` and `list(dict.keys(...))` are how the compiler names what it reads of a class or a dict.
     """
     own = "|".join(name for name in function.__globals__ if not name.startswith("__"))
     modules = r"__import_(torch|functorch_ens|einops|contextlib)(_dot_\w+)?|__builtins_dict_\w*"
@@ -68,13 +71,13 @@ def compiled_on_cpu(
 
     Before a first compilation torch tries whether the C++ compiler can build for each kind of AVX that the processor
     has. Hardly one cannot, so the plain trials, 6 of 8 seconds on two cores, are left for when a compilation fails.
-    Those of AMX, 2 seconds, are made while the method is traced.
+    The others (AMX, VNNI, BF16), 2 seconds, are made while the method is traced.
     """
     given = dict(options.get("options") or {})
     # A weight that serves one member's rows is not worth a change of its layout before each convolution.
     mine: dict[str, Any] = {"layout_optimization": False} if loop else {}
     untried = {"cpp.vec_isa_ok": True} if _trial_can_wait() else {}
-    if untried:
+    if untried and not any(name.startswith("cpp.") for name in given):
         _begin_other_trials()
     compiled = compiled_method(method, {**options, "options": {**mine, **untried, **given}})
     try:
@@ -90,16 +93,22 @@ def compiled_on_cpu(
 
 @cache
 def _begin_other_trials() -> None:
-    """In a thread, once: `_try_others`."""
-    import torch._inductor.codecache
-    import torch._inductor.cpp_builder
-    import torch.utils._filelock  # noqa: F401  imported by two threads at once, a module may be seen half made
+    """Once, in a thread: what torch tries besides plain AVX. It then finds the outcomes in its cache.
 
-    Thread(target=_try_others, daemon=True).start()
+    Should that not work, torch still tries everything in its own time.
+    """
+    try:
+        # Imported by two threads at once, a module may be seen half made.
+        import torch._inductor.codecache
+        import torch._inductor.cpp_builder
+        import torch.utils._filelock  # noqa: F401
+
+        Thread(target=copy_context().run, args=(_try_others,)).start()  # with inductor's settings of this thread
+    except Exception as error:
+        log.debug("nothing is tried ahead of a compilation: %r", error)
 
 
 def _try_others() -> None:
-    """What torch tries besides: it then finds the outcome in its cache, whose files it locks."""
     isa = torch._inductor.cpu_vec_isa
     try:
         known, plain = isa.x86_isa_checker(), isa.VecISA._avx_code
@@ -111,8 +120,8 @@ def _try_others() -> None:
 
             if all(flag in known for flag in str(Ahead()).split()):
                 bool(Ahead())
-    except Exception as error:  # a torch that does it in another way, and in its own time
-        log.debug("nothing was tried ahead of a compilation: %r", error)
+    except Exception as error:
+        log.debug("not all was tried ahead of a compilation: %r", error)
 
 
 def _trial_can_wait() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 
 from functorch_ens.rank1 import Layout, Rank1
@@ -49,18 +49,20 @@ def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w
         assert x_dim is not None
         return F.linear(x.movedim(x_dim, 0), weight), 0  # [E, B, I] x [I, O]: the members are rows
     weight = weight.movedim(weight_dim, 0)
-    given = "... i"
     if x_dim is not None:
-        x, given = x.movedim(x_dim, 0), "e ... i"
-    # Few rows become columns: the gradient of a weight then comes as the weight lies, and need not be turned over.
-    rows = x.shape[0 if x_dim is None else 1 : -1].numel()
-    if rows < max(weight.shape[1:]):
-        return einsum(weight, x, f"e o i, {given} -> e o ...").movedim(1, -1), 0
-    if x_dim is not None:
-        return einsum(x, weight, "e ... i, e o i -> e ... o"), 0
-    # One input for all, [B, I] x [I, E O]: the members are columns. A batched product would read the input E times.
-    y = F.linear(x, rearrange(weight, "e o i -> (e o) i"))
-    return rearrange(y, "... (e o) -> ... e o", e=info.batch_size), y.ndim - 1
+        x = x.movedim(x_dim, 0)
+    vector = x.ndim == (1 if x_dim is None else 2)
+    if vector:
+        x = rearrange(x, "... i -> ... 1 i")
+    if x.shape[-2] < max(weight.shape[1:]):
+        # Few rows: as columns, [E, O, I] x [I, B], the gradient of a weight comes as it lies, and is not turned over.
+        y = rearrange(weight @ x.mT, "e o b -> e b o").contiguous()
+    elif x_dim is not None:
+        y = x @ weight.mT
+    else:
+        # The members are columns, [B, I] x [I, E O]. A batched product would read the input E times.
+        y = rearrange(F.linear(x, rearrange(weight, "e o i -> (e o) i")), "b (e o) -> e b o", e=info.batch_size)
+    return (rearrange(y, "e 1 o -> e o") if vector else y), 0
 
 
 def scaled(x: Tensor, weight: Rank1) -> tuple[Tensor, Tensor]:

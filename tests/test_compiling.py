@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ def _options_of_a_step(
     fails: Callable[[Mapping[str, Any]], bool] = lambda _: False,
     error: Exception = REFUSED,
     about: str = "cpp.",
+    begin: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Those `about` something that torch.compile gets, call by call; the step is as it would be without compiling."""
     asked: list[dict[str, Any]] = []
@@ -52,7 +54,7 @@ def _options_of_a_step(
         return call
 
     monkeypatch.setattr(torch, "compile", fake)
-    monkeypatch.setattr(compiling, "_begin_other_trials", lambda: None)
+    monkeypatch.setattr(compiling, "_begin_other_trials", begin)
     model = nn.Linear(3, 2)
     params, x, y = fe.ensemble_params(model, 2), torch.ones(5, 3), torch.ones(5, 2)
     steps = [
@@ -140,6 +142,54 @@ print(ahead > 0 or "avx512_vnni" not in isa.x86_isa_checker(), len(runs) - ahead
 def test_trials_ahead_that_fail_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("torch._inductor.cpu_vec_isa.supported_vec_isa_list")
     compiling._try_others()
+
+    def no_more(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(compiling, "Thread", no_more)
+    compiling._begin_other_trials.__wrapped__()
+
+
+@pytest.mark.usefixtures("_on_x86")
+def test_what_is_tried_ahead_is_what_the_compilation_will_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In inductor's settings of the caller, and not where options decide about the compiler."""
+    seen = []
+    monkeypatch.setattr(compiling, "_try_others", lambda: seen.append(torch._inductor.config.cpp.simdlen))
+    begin = compiling._begin_other_trials.__wrapped__
+    monkeypatch.setattr(compiling, "Thread", lambda target, args: SimpleNamespace(start=lambda: target(*args)))
+    with torch._inductor.config.patch({"cpp.simdlen": 256}):
+        begin()
+    assert seen == [256]
+    begun: list[bool] = []
+    for options in (True, {}, {"options": {"cpp.simdlen": 256}}, {"options": {TRIAL: False}}, {"backend": "eager"}):
+        count = len(begun)
+        _options_of_a_step(monkeypatch, options, begin=lambda: begun.append(True))
+        assert (len(begun) > count) == (options in (True, {}))
+
+
+def test_what_is_never_looked_at_again_and_what_is() -> None:
+    method: Any = fe.TrainStep._gradients
+    fixed = compiling._fixed(method)
+    for name in (
+        "self.forward._expected.names",
+        "self.forward._template._pairs[3][1]._modules",
+        "G['Gradients']",
+        "dict(G['EnsembleParams'].__dict__)['__new__'].__func__.__code__",
+        "list(dict.keys(__import__('torch').utils._pytree.SUPPORTED_NODES))[0]",
+        "G['__builtins_dict___0']['len']",
+        "G['___unnamed_scope_7_c0']['_tuple_new']",
+    ):
+        assert fixed.search(name), name
+    for name in (
+        "self._loss.__code__",
+        "self.forward._template._pairs[3][0].training",
+        "dict(type(self.forward._template._pairs[3][1]).__dict__)['factor']",
+        "self.forward._template._pairs[3][1].function.__closure__[0].cell_contents",
+        "G['__import_torchvision']",
+        "G['___unnamed_scope_7_c0']['scale']",
+        "work.batch[0]",
+    ):
+        assert not fixed.search(name), name
 
 
 @with_avx

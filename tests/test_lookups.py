@@ -39,60 +39,74 @@ def _scatters(graph: Graph) -> int:
     return len(graph.find_nodes(op="call_function", target=aten.scatter_add.default))
 
 
-def _into(shape: list[int], dim: int, start: float = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """Adding into numbers that are all `start`."""
+def _lookup(shape: list[int], dim: int, start: float = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """What is looked up in a table of this shape, and numbers added into one that is all `start` at the same places."""
 
-    def add(index: Tensor, source: Tensor) -> Tensor:
+    def both(table: Tensor, index: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         whole = aten.full.default(shape, start, dtype=dtype, device=torch.device("cpu"), pin_memory=False)
-        return aten.scatter_add.default(whole, dim, index, source)
+        return aten.gather.default(table, dim, index), aten.scatter_add.default(whole, dim, index, source)
 
-    return add
+    return both
 
 
 @given(
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     data=st.data(),
-    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.int64]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool]),
 )
 def test_one_number_a_row_is_compared(shape: list[int], data: st.DataObject, dtype: torch.dtype) -> None:
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
     rows = list(shape)
     rows[dim] = 1
-    index, source = torch.randint(shape[dim], rows), torch.randn(rows).mul(9).to(dtype)
-    add = _into(shape, dim, dtype=dtype)
-    module = _passed(add, index, source)
+    given = torch.randn(shape), torch.randint(shape[dim], rows), torch.randn(rows).mul(9).to(dtype)
+    lookup = _lookup(shape, dim, dtype=dtype)
+    module = _passed(lookup, *given)
     assert not _scatters(module.graph)
-    got = module(index, source)
-    assert got.dtype == dtype
-    assert_same(got, add(index, source))
+    for got, want in zip(module(*given), lookup(*given), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)  # also of the same dtype
 
 
 @pytest.mark.parametrize(
-    ("index", "source", "start"),
+    ("table", "index", "source", "start"),
     [
-        ([3, 2], [3, 2], 0.0),  # two numbers a row may meet
-        ([2, 1], [2, 1], 0.0),  # rows that get none
-        ([3, 1], [3, 2], 0.0),  # of which some are not added
-        ([3, 1], [3, 1], 1.0),  # into something
+        ([3, 4], [3, 2], [3, 2], 0.0),  # two numbers a row may meet
+        ([3, 4], [2, 1], [2, 1], 0.0),  # rows that get none
+        ([3, 4], [3, 1], [3, 2], 0.0),  # of which some are not added
+        ([3, 4], [3, 1], [3, 1], 1.0),  # into something
+        ([3, 5], [3, 1], [3, 1], 0.0),  # in range of another table
     ],
 )
-def test_anything_else_is_left_as_it_is(index: list[int], source: list[int], start: float) -> None:
-    add = _into([3, 4], 1, start)
-    given = torch.zeros(index, dtype=torch.long), torch.randn(source, dtype=torch.float64)
+def test_anything_else_is_left_as_it_is(table: list[int], index: list[int], source: list[int], start: float) -> None:
+    lookup = _lookup([3, 4], 1, start)
+    given = torch.randn(table), torch.zeros(index, dtype=torch.long), torch.randn(source, dtype=torch.float64)
+    module = _passed(lookup, *given)
+    assert _scatters(module.graph) == 1
+    assert_same(module(*given), lookup(*given))
+
+
+def test_what_is_not_looked_up_is_scattered() -> None:
+    """It is the scatter that finds what is out of range."""
+
+    def add(index: Tensor, source: Tensor) -> Tensor:
+        zeros = aten.full.default([3, 4], 0, dtype=source.dtype, device=source.device, pin_memory=False)
+        return aten.scatter_add.default(zeros, 1, index, source)
+
+    given = torch.tensor([[3], [0], [4]]), torch.randn(3, 1)
     module = _passed(add, *given)
     assert _scatters(module.graph) == 1
-    assert_same(module(*given), add(*given))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        module(*given)
 
 
 def test_sizes_that_are_not_known_are_left_as_they_are() -> None:
-    def add(index: Tensor, source: Tensor) -> Tensor:
+    def lookup(table: Tensor, index: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         zeros = aten.full.default([len(index), 4], 0, dtype=source.dtype, device=source.device, pin_memory=False)
-        return aten.scatter_add.default(zeros, 1, index, source)
+        return aten.gather.default(table, 1, index), aten.scatter_add.default(zeros, 1, index, source)
 
-    given = torch.tensor([[3], [0], [1]]), torch.randn(3, 1)
-    module = _passed(add, *given, symbolic=True)
+    given = torch.randn(3, 4), torch.tensor([[3], [0], [1]]), torch.randn(3, 1)
+    module = _passed(lookup, *given, symbolic=True)
     assert _scatters(module.graph) == 1
-    assert_same(module(*given), add(*given))
+    assert_same(module(*given), lookup(*given))
 
 
 @pytest.mark.skipif(compiler() != "inductor", reason="it is a pass of inductor")
@@ -116,3 +130,18 @@ def test_a_train_step_has_no_scatter_left(monkeypatch: pytest.MonkeyPatch, param
     compiled, plain = (step.gradients(params, x, y) for step in steps)
     assert_same(compiled, plain)
     assert counts == [(1, 0)]
+
+
+@pytest.mark.skipif(compiler() != "inductor", reason="it is a pass of inductor")
+def test_a_loss_that_scatters_itself_still_refuses_labels() -> None:
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        log_probs = logits.log_softmax(-1)
+        chosen = torch.zeros_like(log_probs).scatter_add(1, y[:, None], torch.ones_like(log_probs[:, :1]))
+        return -(chosen * log_probs).sum(1).mean()
+
+    model = nn.Linear(4, 3)
+    params = fe.ensemble_params(model, 2)
+    step = fe.make_train_step(fe.make_forward(model), loss, torch.optim.SGD(tree_leaves(params)))
+    step(params, torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    with pytest.raises(ValueError, match="labels: expected 0 <= y < 3"):
+        step(params, torch.randn(5, 4), torch.tensor([7, 1, 2, 0, 1]))

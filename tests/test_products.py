@@ -65,14 +65,24 @@ def test_a_product_equals_one_member_after_another(
     assert_same(_slopes(together, tensors), _slopes(plain, tensors))
 
 
-@pytest.mark.parametrize("own_inputs", [False, True])
-def test_the_gradient_of_weights_of_few_rows_lies_as_they_do(own_inputs: bool) -> None:
-    """Else it is turned over, a copy of all members' weights."""
+def test_the_gradient_of_weights_of_few_rows_lies_as_they_do() -> None:
+    """Else it is turned over, a copy of all members' weights. The output lies as a layer's does in either case."""
     for rows, direct in ((7, True), (8, False)):
-        x, weight = randn(*[3] * own_inputs, rows, 5), randn(3, 8, 5)
-        together = vmap(torch.ops.functorch_ens.product, in_dims=(0 if own_inputs else None, 0))
-        _, slope = _slopes(together, (x, weight))
-        assert slope.is_contiguous() == (direct or not own_inputs)
+        x, weight = randn(3, rows, 5), randn(3, 8, 5)
+        together = vmap(torch.ops.functorch_ens.product)
+        assert together(x, weight).is_contiguous()
+        assert _slopes(together, (x, weight))[1].is_contiguous() == direct
+
+
+@pytest.mark.parametrize("rows", [0, 2, 9])
+@pytest.mark.parametrize("own_inputs", [False, True])
+def test_an_input_of_another_size_does_not_fit(own_inputs: bool, rows: int) -> None:
+    """One of size 1 could be broadcast."""
+    together = vmap(torch.ops.functorch_ens.product, in_dims=(0 if own_inputs else None, 0))
+    assert together(randn(*[3] * own_inputs, rows, 5), randn(3, 8, 5)).shape == (3, rows, 8)
+    for size in (1, 4):
+        with pytest.raises(RuntimeError):
+            together(randn(*[3] * own_inputs, rows, size), randn(3, 8, 5))
 
 
 @given(

@@ -15,6 +15,7 @@ from measure import peak_memory
 from oracle import assert_same, compile_whole, compiler, materialise, member_weights
 from plain import with_weights
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
@@ -281,6 +282,36 @@ def test_convolutions_of_their_own_are_compiled_one_member_after_another() -> No
     assert_same(results[0], results[1])
     whole = compile_whole(lambda params: auto(params, x, buffers=buffers))
     assert_same(whole(classic), auto(classic, x, buffers=buffers))
+
+
+class _Viewed(nn.Module):
+    """Looks at what its layer gives as at a longer row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y.view(y.shape[0], -1)
+
+
+def test_what_a_layer_gives_lies_as_it_does_alone() -> None:
+    model = _Viewed().double()
+    forward, params = fe.make_forward(model, strategy="vmap"), fe.ensemble_params(model, 3)
+    x = randn(2, 2, 6)
+    assert_same(compile_whole(forward)(params, x), forward(params, x))
+
+
+def test_batches_of_many_sizes_are_served_by_few_graphs() -> None:
+    model = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 2)).double()
+    params = fe.ensemble_params(model, 3)
+    backend = CompileCounterWithBackend("aot_eager")
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    step = fe.make_train_step(fe.make_forward(model), F.mse_loss, optimizer, compile={"backend": backend})
+    for size in range(3, 9):
+        step.gradients(params, randn(size, 8), randn(size, 2))
+    assert backend.frame_count == 2, "one for the first size, and one for any"
 
 
 def test_a_compiled_step_is_that_of_its_own_model_mode_and_loss() -> None:
