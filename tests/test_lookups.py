@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ import functorch_ens as fe
 from functorch_ens.lookups import ComparedLookups
 
 aten = torch.ops.aten
+with_inductor = pytest.mark.skipif(compiler() != "inductor", reason="it is a pass of inductor")
 
 
 def _passed(function: Any, *tensors: Tensor, symbolic: bool = False) -> GraphModule:
@@ -39,12 +41,17 @@ def _scatters(graph: Graph) -> int:
     return len(graph.find_nodes(op="call_function", target=aten.scatter_add.default))
 
 
-def _lookup(shape: list[int], dim: int, start: float = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """What is looked up in a table of this shape, and numbers added into one that is all `start` at the same places."""
+def _added(shape: list[int], dim: int, index: Tensor, source: Tensor, start: float = 0) -> Tensor:
+    """`source`, added into numbers that are all `start`."""
+    whole = aten.full.default(shape, start, dtype=source.dtype, device=source.device, pin_memory=False)
+    return aten.scatter_add.default(whole, dim, index, source)
+
+
+def _lookup(shape: list[int], dim: int, start: float = 0) -> Any:
+    """What is looked up in a table, and numbers added into one of this shape at the same places."""
 
     def both(table: Tensor, index: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        whole = aten.full.default(shape, start, dtype=dtype, device=torch.device("cpu"), pin_memory=False)
-        return aten.gather.default(table, dim, index), aten.scatter_add.default(whole, dim, index, source)
+        return aten.gather.default(table, dim, index), _added(shape, dim, index, source, start)
 
     return both
 
@@ -59,7 +66,7 @@ def test_one_number_a_row_is_compared(shape: list[int], data: st.DataObject, dty
     rows = list(shape)
     rows[dim] = 1
     given = torch.randn(shape), torch.randint(shape[dim], rows), torch.randn(rows).mul(9).to(dtype)
-    lookup = _lookup(shape, dim, dtype=dtype)
+    lookup = _lookup(shape, dim)
     module = _passed(lookup, *given)
     assert not _scatters(module.graph)
     for got, want in zip(module(*given), lookup(*given), strict=True):
@@ -86,13 +93,8 @@ def test_anything_else_is_left_as_it_is(table: list[int], index: list[int], sour
 
 def test_what_is_not_looked_up_is_scattered() -> None:
     """It is the scatter that finds what is out of range."""
-
-    def add(index: Tensor, source: Tensor) -> Tensor:
-        zeros = aten.full.default([3, 4], 0, dtype=source.dtype, device=source.device, pin_memory=False)
-        return aten.scatter_add.default(zeros, 1, index, source)
-
     given = torch.tensor([[3], [0], [4]]), torch.randn(3, 1)
-    module = _passed(add, *given)
+    module = _passed(partial(_added, [3, 4], 1), *given)
     assert _scatters(module.graph) == 1
     with pytest.raises(RuntimeError, match="out of bounds"):
         module(*given)
@@ -100,8 +102,7 @@ def test_what_is_not_looked_up_is_scattered() -> None:
 
 def test_sizes_that_are_not_known_are_left_as_they_are() -> None:
     def lookup(table: Tensor, index: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        zeros = aten.full.default([len(index), 4], 0, dtype=source.dtype, device=source.device, pin_memory=False)
-        return aten.gather.default(table, 1, index), aten.scatter_add.default(zeros, 1, index, source)
+        return _lookup([len(index), 4], 1)(table, index, source)
 
     given = torch.randn(3, 4), torch.tensor([[3], [0], [1]]), torch.randn(3, 1)
     module = _passed(lookup, *given, symbolic=True)
@@ -109,7 +110,7 @@ def test_sizes_that_are_not_known_are_left_as_they_are() -> None:
     assert_same(module(*given), lookup(*given))
 
 
-@pytest.mark.skipif(compiler() != "inductor", reason="it is a pass of inductor")
+@with_inductor
 @pytest.mark.parametrize("params_of", [fe.ensemble_params, fe.batchensemble_params])
 def test_a_train_step_has_no_scatter_left(monkeypatch: pytest.MonkeyPatch, params_of: Any) -> None:
     counts = []
@@ -132,7 +133,7 @@ def test_a_train_step_has_no_scatter_left(monkeypatch: pytest.MonkeyPatch, param
     assert counts == [(1, 0)]
 
 
-@pytest.mark.skipif(compiler() != "inductor", reason="it is a pass of inductor")
+@with_inductor
 def test_a_loss_that_scatters_itself_still_refuses_labels() -> None:
     def loss(logits: Tensor, y: Tensor) -> Tensor:
         log_probs = logits.log_softmax(-1)
