@@ -54,15 +54,17 @@ def member_losses(
         raise ValueError(f"outputs: an empty batch has no loss, got the shapes {shapes}")
     own = check_values(values, axis[0].shape[0])
 
-    def of_one(output: list[Tensor], target: list[Tensor], own: dict[str, Tensor]) -> Tensor:
-        value: Any = loss(form.rebuild(iter(output)), *target_form.rebuild(iter(target)), **own)
+    def of_one(*tensors: Tensor) -> Tensor:
+        rest = iter(tensors)
+        output = form.rebuild(rest)
+        target = target_form.rebuild(rest if member_targets else iter(given))
+        value: Any = loss(output, *target, **dict(zip(own, rest, strict=True)))
         if not isinstance(value, Tensor):
             raise TypeError(f"loss: expected a tensor, got {value!r}")
         return value
 
-    dims = (0, 0 if member_targets else None, 0)
     try:
-        losses = vmap(of_one, in_dims=dims, randomness="different")(stacked, given, own)
+        losses = vmap(of_one, randomness="different")(*axis, *own.values())
     except Exception as error:
         if len(stacked) == len(given) == 1:
             _check_labels(given[0], stacked[0], int(member_targets))

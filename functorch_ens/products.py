@@ -109,7 +109,13 @@ def _scaled_of_members(
 
 def _times(x: Tensor, s: Tensor, spatial: int) -> Tensor:
     """`x` `[..., in, *spatial]` times `s` `[..., in]`, in the dtype of `x` (autocast)."""
-    return x * rearrange(s, "... c -> ... c" + " 1" * spatial).to(x.dtype)
+    return x * by_channel(s, spatial).to(x.dtype)
+
+
+def by_channel(vector: Tensor, spatial: int) -> Tensor:
+    """`[..., channels]` before so many spatial axes, of one each."""
+    # Without any it is itself; torch.compile would look through all that einops does to find that out.
+    return rearrange(vector, "... c -> ... c" + " 1" * spatial) if spatial else vector
 
 
 def _define(schema: str, one_member: Any, members: Any) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from functorch_ens.products import scaled
+from functorch_ens.products import by_channel, scaled
 from functorch_ens.pure import conv_transpose, linear
 from functorch_ens.rank1 import Rank1, rank1_rule
 
@@ -32,9 +32,8 @@ def _enter(x: Tensor, weight: Rank1) -> tuple[Tensor, Tensor]:
 
 def _leave(y: Tensor, r: Tensor, bias: Tensor | None, spatial: int = 0) -> Tensor:
     """Scale what leaves a layer, `[..., out, *spatial]`, by `r` and add the bias, in the dtype of `y` (autocast)."""
-    shape = "c -> c" + " 1" * spatial
-    y = y * rearrange(r, shape).to(y.dtype)
-    return y if bias is None else y + rearrange(bias, shape).to(y.dtype)
+    y = y * by_channel(r, spatial).to(y.dtype)
+    return y if bias is None else y + by_channel(bias, spatial).to(y.dtype)
 
 
 @rank1_rule(nn.Linear)

@@ -25,18 +25,18 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, owned: set[int]) -> None:
-        self._modules: list[tuple[nn.Module, dict[str, Any]]] = []
+        # Each with its attributes, and how many these are with the internal ones, which are never replaced.
+        self._modules: list[tuple[nn.Module, dict[str, Any], int]] = []
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._lists: list[tuple[list[Any] | deque[Any], list[Any]]] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._tensors: list[tuple[Tensor, Tensor, int]] = []
         owned = owned - {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
         for module in model.modules():
-            attributes = {name: value for name, value in vars(module).items() if name != "training"}
-            self._modules.append((module, attributes))
-            for name, value in attributes.items():
-                if name in _REGISTRIES or name not in INTERNAL:
-                    self._remember(value, owned)
+            own = {name: value for name, value in vars(module).items() if name not in INTERNAL}
+            self._modules.append((module, own, len(vars(module))))
+            for value in (*(vars(module).get(name) for name in _REGISTRIES), *own.values()):
+                self._remember(value, owned)
 
     def _remember(self, value: Any, owned: set[int]) -> None:
         if id(value) not in owned or isinstance(value, nn.Module):
@@ -58,7 +58,7 @@ class Snapshot:
     def restore(self) -> None:
         """Undo every change since the snapshot; `torch.compile` can trace it."""
         for now, before in self._dicts:
-            if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
+            if len(now) != len(before) or any(key not in now or now[key] is not before[key] for key in before):
                 now.clear()
                 now.update(before)
         for items, saved in self._lists:
@@ -76,19 +76,20 @@ class Snapshot:
         if torch.compiler.is_compiling() and not TRACES_DICT:
             self._reassign()
             return
-        for module, attributes in self._modules:
+        for module, attributes, count in self._modules:
             state = module.__dict__
-            for name in [name for name in state if name not in attributes and name != "training"]:
-                delattr(module, name)
             for name, value in attributes.items():
                 if name not in state or state[name] is not value:
                     setattr(module, name, value)
+            if len(state) != count:
+                for name in [name for name in state if name not in attributes and name not in INTERNAL]:
+                    delattr(module, name)
 
     def _reassign(self) -> None:
         """Undo assignments to the attributes that were there; new ones stay."""
-        for module, attributes in self._modules:
+        for module, attributes, _ in self._modules:
             for name, value in attributes.items():
-                if name not in INTERNAL and getattr(module, name) is not value:
+                if getattr(module, name) is not value:
                     setattr(module, name, value)
 
 

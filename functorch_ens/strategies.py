@@ -60,17 +60,24 @@ def run(call: Call, plan: Plan) -> Members:
 
 def _at_once(call: Call, plan: Plan, members: Slice) -> Members:
     """By vmap."""
-    in_dims = (None, 0, 0, 0 if call.member_inputs else None)
+    stacked, buffers, inputs = members.stacked, members.buffers, members.inputs
+    own = [*stacked.values(), *buffers.values(), *(inputs if call.member_inputs else [])]
+
+    # Flat, and only what is each member's own: torch.compile takes its time to look through what vmap does with trees.
+    def member(*own: Tensor) -> Any:
+        rest = iter(own)
+        stacked_of_one, buffers_of_one = (dict(zip(stacks, rest, strict=False)) for stacks in (stacked, buffers))
+        return call.member(members.shared, stacked_of_one, buffers_of_one, list(rest) if call.member_inputs else inputs)
+
     if not plan.owned:
-        return vmap(call.member, in_dims=in_dims, randomness=plan.randomness)(*members)
+        return vmap(member, randomness=plan.randomness)(*own)
 
-    def member(zero: Tensor, *tensors: Any) -> Any:
+    def owning(zero: Tensor, *own: Any) -> Any:
         with Owned(zero):
-            return call.member(*tensors)
+            return member(*own)
 
-    first = next(iter(members.stacked.values()))
-    zeros = torch.zeros(first.shape[0], device=first.device)
-    return vmap(member, in_dims=(0, *in_dims), randomness=plan.randomness)(zeros, *members)
+    zeros = torch.zeros(len(own[0]), device=own[0].device)
+    return vmap(owning, randomness=plan.randomness)(zeros, *own)
 
 
 def _one_by_one(call: Call, plan: Plan, members: Slice) -> Members:
