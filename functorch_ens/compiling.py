@@ -79,7 +79,7 @@ def compiled_on_cpu(
     untried = {"cpp.vec_isa_ok": True} if _trial_can_wait() else {}
     if untried and not any(name.startswith("cpp.") for name in given):
         _begin_other_trials()
-    compiled = compiled_method(method, {**options, "options": {**mine, **untried, **given}})
+    compiled = _joined(compiled_method(method, {**options, "options": {**mine, **untried, **given}}))
     try:
         return compiled, compiled(*arguments)
     except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -87,8 +87,18 @@ def compiled_on_cpu(
         if not (untried and of_cpp) or "cpp.vec_isa_ok" in given:
             raise
     _forget_what_was_not_tried()
-    compiled = compiled_method(method, {**options, "options": {**mine, **given}})
+    compiled = _joined(compiled_method(method, {**options, "options": {**mine, **given}}))
     return compiled, compiled(*arguments)
+
+
+def _joined(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, with its kernels in common files, where this torch lets them be joined."""
+    try:
+        from functorch_ens.kernels import with_joined_kernels  # imports the compiler, as above
+    except ImportError as error:
+        log.debug("every kernel has a file of its own: %r", error)
+        return compiled
+    return with_joined_kernels(compiled)
 
 
 @cache
