@@ -31,9 +31,9 @@ def compiled_method(method: Callable[..., Any], options: Mapping[str, Any]) -> C
     if mode := rest.pop("mode", None):  # torch.compile takes a mode or options, but a mode is a name for some
         extra = {**torch._inductor.list_mode_options(mode, rest.get("dynamic")), **extra}
     if rest.get("backend", "inductor") == "inductor" and torch._inductor.config.post_grad_custom_pre_pass is None:
-        from functorch_ens.lookups import ComparedLookups  # imports the compiler, which takes a second
+        from functorch_ens.passes import Passes  # imports the compiler, which takes a second
 
-        extra.setdefault("post_grad_custom_pre_pass", ComparedLookups())
+        extra.setdefault("post_grad_custom_pre_pass", Passes())
     theirs = extra.get("guard_filter_fn", lambda guards: [True] * len(guards))
 
     def needed(guards: Sequence[Any]) -> list[bool]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import (
     MULTIPLE,
     CallFunction,
@@ -28,16 +27,9 @@ _GATHER = aten.gather.default
 _PATTERNS: Any = PatternMatcherPass()
 
 
-class ComparedLookups(CustomGraphPass):
-    """A pass of inductor: `scatter_add` of one number a row into zeros becomes `where`."""
-
-    def __call__(self, graph: Graph) -> None:
-        """Change `graph`."""
-        _PATTERNS.apply(graph)
-
-    def uuid(self) -> Any:
-        """What the compiler's cache knows this pass by."""
-        return get_hash_for_files((__file__,))
+def compare_lookups(graph: Graph) -> None:
+    """Change `graph`: `scatter_add` of one number a row into zeros becomes `where`."""
+    _PATTERNS.apply(graph)
 
 
 def _is_of_a_lookup(match: Match) -> bool:

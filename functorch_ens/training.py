@@ -426,6 +426,9 @@ class TrainStep:
             return self._start(arguments)
         try:
             return self._compute(*arguments)
+        except torch._dynamo.exc.TorchDynamoException:  # which a first call has not seen, so sizes are new
+            self._options = {"dynamic": False, **self._options}  # torch takes them for symbols, and may not come far
+            return self._start(arguments)
         except RuntimeError as error:
             if self._compiles and "out of bounds" in str(error):
                 self._gradients(*arguments)  # which says what is

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
 from functorch_ens import compiling
-from functorch_ens.lookups import ComparedLookups
+from functorch_ens.passes import Passes
 
 PASS = "post_grad_custom_pre_pass"
 TRIAL = "cpp.vec_isa_ok"
@@ -83,9 +83,9 @@ def test_avx_is_not_tried_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_pass_of_the_users_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = ComparedLookups()
+    mine = Passes()
     options_of = partial(_options_of_a_step, monkeypatch, about=PASS)
-    assert [isinstance(options[PASS], ComparedLookups) for options in options_of()] == [True]
+    assert [isinstance(options[PASS], Passes) for options in options_of()] == [True]
     assert [options[PASS] is mine for options in options_of({"options": {PASS: mine}})] == [True]
     assert options_of({"backend": "eager"}) == [{}]
     with torch._inductor.config.patch({PASS: mine}):
@@ -103,6 +103,50 @@ def test_where_it_fails_it_is_tried(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     caplog.clear()
     assert _options_of_a_step(monkeypatch, fails=lambda options: True) == [{TRIAL: True}, {}]
     assert "goes on without it: C++ compile error" in caplog.text
+
+
+def test_sizes_that_cannot_be_symbols_are_compiled_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[Any] = []
+
+    def fake(function: Any, **options: Any) -> Any:
+        asked.append(options.get("dynamic"))
+        seen: set[int] = set()
+
+        def call(E: int, work: Any, prepared: bool) -> Any:
+            seen.add(len(work.batch[0]))
+            if (len(seen) > 1 and options.get("dynamic") is not False) or work.batch[0].shape[1] != 3:
+                raise torch._dynamo.exc.TorchRuntimeError("a symbol")
+            return function(E, work, prepared)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fake)
+    monkeypatch.setattr(compiling, "_begin_other_trials", lambda: None)
+    model = nn.Linear(3, 2)
+    params = fe.ensemble_params(model, 2)
+    step = fe.make_train_step(fe.make_forward(model), F.mse_loss, torch.optim.SGD(tree_leaves(params)))
+    for B in (5, 5, 4, 3):
+        step.gradients(params, torch.ones(B, 3), torch.ones(B, 2))
+    assert asked == [None, False]
+    assert not caplog.records
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):  # the model's own, in its own words
+        step.gradients(params, torch.ones(5, 4), torch.ones(5, 2))
+
+
+def test_a_step_for_batches_of_many_sizes() -> None:
+    """Also with torch 2.11, whose compiler fails at symbols in this loss."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    params = fe.batchensemble_params(model, 3)
+    step, plain = (
+        fe.make_train_step(fe.make_forward(model), F.cross_entropy, torch.optim.SGD(tree_leaves(params)), compile=each)
+        for each in ({"backend": compiler()}, False)
+    )
+    for B in (9, 10, 7):
+        batch = torch.randn(B, 6), torch.randint(4, (B,))
+        assert_same(step.gradients(params, *batch), plain.gradients(params, *batch))
+    assert step._compiles
 
 
 def _run(script: str, cache: Path, **environment: str) -> list[str]:

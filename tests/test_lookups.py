@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
-from functorch_ens.lookups import ComparedLookups
+from functorch_ens.passes import Passes
 
 aten = torch.ops.aten
 with_inductor = pytest.mark.skipif(compiler() != "inductor", reason="it is a pass of inductor")
@@ -31,7 +31,7 @@ def _passed(function: Any, *tensors: Tensor, symbolic: bool = False) -> GraphMod
     mode = next(node.meta["val"].fake_mode for node in module.graph.nodes if node.op == "placeholder")
     assert isinstance(mode, FakeTensorMode)
     with V.set_fake_mode(mode):
-        ComparedLookups()(module.graph)
+        Passes()(module.graph)
     module.graph.lint()
     module.recompile()
     return module
@@ -114,15 +114,15 @@ def test_sizes_that_are_not_known_are_left_as_they_are() -> None:
 @pytest.mark.parametrize("params_of", [fe.ensemble_params, fe.batchensemble_params])
 def test_a_train_step_has_no_scatter_left(monkeypatch: pytest.MonkeyPatch, params_of: Any) -> None:
     counts = []
-    run = ComparedLookups.__call__
+    run = Passes.__call__
 
-    def counted(self: ComparedLookups, graph: Graph) -> None:
+    def counted(self: Passes, graph: Graph) -> None:
         before = _scatters(graph)
         run(self, graph)
         counts.append((before, _scatters(graph)))
 
-    monkeypatch.setattr(ComparedLookups, "__call__", counted)
-    monkeypatch.setattr(ComparedLookups, "uuid", lambda self: None)  # no cache, or there may be nothing to compile
+    monkeypatch.setattr(Passes, "__call__", counted)
+    monkeypatch.setattr(Passes, "uuid", lambda self: None)  # no cache, or there may be nothing to compile
     model = nn.Linear(4, 3).double()
     params = params_of(model, 5)
     optimizer = torch.optim.SGD(tree_leaves(params))

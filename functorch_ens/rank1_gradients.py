@@ -1,0 +1,198 @@
+"""In compiled graphs, both gradients of a rank-1 layer whose input all members share, out of one product.
+
+Such a layer (the first of a network) computes y_e = (x * s_e) W^T. autograd makes two products for its gradients, as
+large as that of the forward: dW = g^T (x * s), and g W, which is only summed to that of s. But with
+
+    M_e = g_e^T x,   dW = sum_e M_e * s_e,   ds_e = sum_o W * M_e
+
+one is enough, if M, E times as large as W, is summed up tile by tile while a tile is in registers. That is a kernel of
+its own, for processors with AVX-512; with half of the registers it gains nothing over two products.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+log = logging.getLogger(__name__)
+
+ENOUGH = 2**23
+"""Products of fewer multiplications are faster than the call of an operator from Python."""
+
+FEW = 8
+"""Of fewer rows for each member, summing up M takes longer than its product."""
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+aten = torch.ops.aten
+_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default)
+
+_LIBRARY = torch.library.Library("functorch_ens", "FRAGMENT")
+
+
+def _by_two_products(g: Tensor, x: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `weight` `[O, I]` and `s` `[E, I]`, with `g` `[E B, O]` that of the output, and `x` `[B, I]`."""
+    scaled = rearrange(x * rearrange(s, "e i -> e 1 i"), "e b i -> (e b) i")
+    return g.mT @ scaled, einsum(rearrange(g @ weight, "(e b) i -> e b i", e=len(s)), x, "e b i, b i -> e i")
+
+
+def _on_cpu(g: Tensor, x: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    kernel = _kernel() if len(x) >= FEW else None
+    if kernel is None:
+        return _by_two_products(g, x, s, weight)
+    g, x, s, weight = (tensor.contiguous() for tensor in (g, x, s, weight))
+    found = torch.empty_like(weight), torch.empty_like(s)
+    kernel(g, x, s, weight, *found, len(s), len(x), *weight.shape, torch.get_num_threads())
+    return found
+
+
+_LIBRARY.define("rank1_gradients(Tensor g, Tensor x, Tensor s, Tensor weight) -> (Tensor, Tensor)")
+_LIBRARY.impl("rank1_gradients", _on_cpu, "CPU")
+torch.library.register_fake(
+    "functorch_ens::rank1_gradients",
+    lambda g, x, s, weight: (weight.new_empty(weight.shape), s.new_empty(s.shape)),
+    lib=_LIBRARY,
+)
+
+
+@cache
+def _begin() -> Callable[[], Any]:
+    """Compiles the kernel in another process; what is returned waits for it."""
+    types = ["const float*"] * 4 + ["float*"] * 2 + ["int64_t"] * 5
+    return CppPythonBindingsCodeCache.load_pybinding_async(types, SOURCE.read_text(), submit_fn=AsyncCompile.submit)
+
+
+@cache
+def _kernel() -> Any:
+    """The kernel; None where it is not to be had, or not worth it."""
+    if pick_vec_isa().bit_width() != 512:  # a graph from the cache may have been made for another processor
+        return None
+    try:
+        return _begin()()
+    except Exception as error:
+        log.debug("the gradients of a rank-1 layer are computed by two products: %r", error)
+        return None
+
+
+class _Found(NamedTuple):
+    """The gradients of a rank-1 layer in a graph: what they are computed from, and the nodes that compute them."""
+
+    g: Node
+    x: Node
+    s: Node
+    weight: Node
+    of_weight: Node
+    of_s: Node
+    product: Node
+    """g W, which only `of_s` needs."""
+
+
+def join_rank1_gradients(graph: Graph) -> None:
+    """Change `graph`: one product instead of two for the gradients of a rank-1 layer with one input for all members."""
+    matches = map(_match, graph.find_nodes(op="call_function", target=aten.sum.dim_IntList))
+    for found in [match for match in matches if match is not None]:
+        first = min(found.of_weight, found.product)
+        if found.weight > first or pick_vec_isa().bit_width() != 512:
+            continue
+        _begin()
+        with graph.inserting_before(first):
+            both = graph.call_function(torch.ops.functorch_ens.rank1_gradients.default, found[:4])
+            of_weight, of_s = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+            shaped = graph.call_function(aten.reshape.default, (of_s, _shape(found.of_s)))
+        both.meta["val"] = (found.of_weight.meta["val"], found.s.meta["val"])
+        for new, like in ((of_weight, found.of_weight), (of_s, found.s), (shaped, found.of_s)):
+            new.meta["val"] = like.meta["val"]
+        found.of_weight.replace_all_uses_with(of_weight)
+        found.of_s.replace_all_uses_with(shaped)
+        for old in (found.of_weight, found.of_s):
+            graph.erase_node(old)
+    graph.eliminate_dead_code()
+
+
+def _match(of_s: Any) -> _Found | None:
+    """The gradients that `of_s` is one of: it sums (g W) * x over the rows, and beside it there is g^T (x * s)."""
+    times, dims = of_s.args[:2]
+    if not _calls(times, aten.mul.Tensor) or dims != [1]:
+        return None
+    for wide, x in (times.args, times.args[::-1]):
+        product = _seen(wide)
+        if not _calls(product, aten.mm.default) or not all(len(node.users) == 1 for node in (times, *_views(wide))):
+            continue
+        g, weight = product.args[0], _upright(product.args[1])
+        for turned in filter(_is_turn, g.users):
+            for of_weight in turned.users:
+                scaled: Any = _seen(of_weight.args[1]) if _calls(of_weight, aten.mm.default) else None
+                if _calls(scaled, aten.mul.Tensor) and x in scaled.args:
+                    s = _seen(scaled.args[1 - scaled.args.index(x)])
+                    found = _Found(g, x, s, weight, of_weight, of_s, product)
+                    if _fits(found, times, scaled):
+                        return found
+    return None
+
+
+def _fits(found: _Found, times: Node, scaled: Node) -> bool:
+    """Whether all is in float32 on a CPU, as it is shaped in such a layer, and large enough."""
+    nodes = (*found, times, scaled)
+    tensors = [node.meta["val"] for node in nodes]
+    if not all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors):
+        return False
+    sizes = [size for node in (found.x, found.s, found.weight) for size in _shape(node)]
+    if len(sizes) != 6 or not all(isinstance(size, int) for size in sizes[1:]):
+        return False
+    b, i, e, _, o, _ = sizes
+    shapes = [[e * b, o], [b, i], [e, i], [o, i], [o, i], _shape(found.of_s), [e * b, i], [e, b, i], [e, b, i]]
+    # The number of rows may be a symbol; then the operator finds out whether it is large enough.
+    known = b if isinstance(b, int) else FEW
+    return all(map(_same, map(_shape, nodes), shapes)) and known >= FEW and e * known * o * i >= ENOUGH
+
+
+def _same(shape: list[Any], other: list[Any]) -> bool:
+    return len(shape) == len(other) and all(statically_known_true(a == b) for a, b in zip(shape, other, strict=True))
+
+
+def _calls(node: Any, target: Any) -> Any:
+    return isinstance(node, Node) and node.target is target
+
+
+def _shape(node: Any) -> list[Any]:
+    return list(node.meta["val"].shape)
+
+
+def _is_turn(node: Any) -> Any:
+    return _calls(node, aten.permute.default) and node.args[1] == [1, 0]
+
+
+def _is_no_turn(node: Any) -> Any:
+    return _calls(node, aten.permute.default) and node.args[1] == sorted(node.args[1])
+
+
+def _upright(node: Any) -> Any:
+    """What `node` is the transpose of the transpose of; or itself."""
+    return node.args[0].args[0] if _is_turn(node) and _is_turn(node.args[0]) else node
+
+
+def _views(node: Any) -> Iterator[Any]:
+    """`node`, and all that it is the same numbers of, in the same order, in another shape."""
+    yield node
+    while isinstance(node, Node) and (node.target in _RESHAPES or _is_no_turn(node)):
+        node = node.args[0]
+        yield node
+
+
+def _seen(node: Any) -> Any:
+    """What `node` is a view of, by `_views`."""
+    *_, last = _views(node)
+    return last
