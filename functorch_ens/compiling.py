@@ -31,9 +31,12 @@ def compiled_method(method: Callable[..., Any], options: Mapping[str, Any]) -> C
     if mode := rest.pop("mode", None):  # torch.compile takes a mode or options, but a mode is a name for some
         extra = {**torch._inductor.list_mode_options(mode, rest.get("dynamic")), **extra}
     if rest.get("backend", "inductor") == "inductor" and torch._inductor.config.post_grad_custom_pre_pass is None:
-        from functorch_ens.passes import Passes  # imports the compiler, which takes a second
+        try:
+            from functorch_ens.passes import Passes  # imports the compiler, which takes a second
 
-        extra.setdefault("post_grad_custom_pre_pass", Passes())
+            extra.setdefault("post_grad_custom_pre_pass", Passes())
+        except Exception as error:  # a torch that has it otherwise
+            log.debug("graphs are compiled as they are: %r", error)
     theirs = extra.get("guard_filter_fn", lambda guards: [True] * len(guards))
 
     def needed(guards: Sequence[Any]) -> list[bool]:
@@ -95,10 +98,11 @@ def _joined(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """`compiled`, with its kernels in common files, where this torch lets them be joined."""
     try:
         from functorch_ens.kernels import with_joined_kernels  # imports the compiler, as above
-    except ImportError as error:
+
+        return with_joined_kernels(compiled)
+    except Exception as error:
         log.debug("every kernel has a file of its own: %r", error)
         return compiled
-    return with_joined_kernels(compiled)
 
 
 @cache

@@ -20,4 +20,4 @@ class Passes(CustomGraphPass):
 
     def uuid(self) -> Any:
         """What the compiler's cache knows these passes by."""
-        return get_hash_for_files((lookups.__file__, rank1_gradients.__file__))
+        return get_hash_for_files((__file__, lookups.__file__, rank1_gradients.__file__))

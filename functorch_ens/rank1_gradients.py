@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange, reduce
 from torch import Tensor
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
@@ -46,11 +46,12 @@ _LIBRARY = torch.library.Library("functorch_ens", "FRAGMENT")
 def _by_two_products(g: Tensor, x: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `weight` `[O, I]` and `s` `[E, I]`, with `g` `[E B, O]` that of the output, and `x` `[B, I]`."""
     scaled = rearrange(x * rearrange(s, "e i -> e 1 i"), "e b i -> (e b) i")
-    return g.mT @ scaled, einsum(rearrange(g @ weight, "(e b) i -> e b i", e=len(s)), x, "e b i, b i -> e i")
+    of_s = reduce(rearrange(g @ weight, "(e b) i -> e b i", b=len(x)) * x, "e b i -> e i", "sum")
+    return (g.mT @ scaled).contiguous(), of_s.contiguous()
 
 
 def _on_cpu(g: Tensor, x: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    kernel = _kernel() if len(x) >= FEW else None
+    kernel = _kernel() if len(x) >= FEW and g.dtype == torch.float32 else None
     if kernel is None:
         return _by_two_products(g, x, s, weight)
     g, x, s, weight = (tensor.contiguous() for tensor in (g, x, s, weight))
@@ -69,21 +70,26 @@ torch.library.register_fake(
 
 
 @cache
-def _begin() -> Callable[[], Any]:
-    """Compiles the kernel in another process; what is returned waits for it."""
+def _begun() -> Callable[[], Any] | None:
+    """The kernel, begun by a process that compiles: what is returned waits for it. None where it is of no use."""
+    if pick_vec_isa().bit_width() != 512:
+        return None
     types = ["const float*"] * 4 + ["float*"] * 2 + ["int64_t"] * 5
-    return CppPythonBindingsCodeCache.load_pybinding_async(types, SOURCE.read_text(), submit_fn=AsyncCompile.submit)
+    try:
+        return CppPythonBindingsCodeCache.load_pybinding_async(types, SOURCE.read_text(), submit_fn=AsyncCompile.submit)
+    except Exception as error:
+        log.debug("the kernel for gradients of rank-1 layers cannot be compiled: %r", error)
+        return None
 
 
 @cache
 def _kernel() -> Any:
-    """The kernel; None where it is not to be had, or not worth it."""
-    if pick_vec_isa().bit_width() != 512:  # a graph from the cache may have been made for another processor
-        return None
+    """The kernel; None where there is none (a graph in torch's cache may have been made where there is)."""
+    begun = _begun()
     try:
-        return _begin()()
+        return None if begun is None else begun()
     except Exception as error:
-        log.debug("the gradients of a rank-1 layer are computed by two products: %r", error)
+        log.debug("the kernel for gradients of rank-1 layers was not compiled: %r", error)
         return None
 
 
@@ -102,22 +108,19 @@ class _Found(NamedTuple):
 
 def join_rank1_gradients(graph: Graph) -> None:
     """Change `graph`: one product instead of two for the gradients of a rank-1 layer with one input for all members."""
-    matches = map(_match, graph.find_nodes(op="call_function", target=aten.sum.dim_IntList))
-    for found in [match for match in matches if match is not None]:
-        first = min(found.of_weight, found.product)
-        if found.weight > first or pick_vec_isa().bit_width() != 512:
+    for of_s in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
+        found = _match(of_s)
+        if found is None or _begun() is None:
             continue
-        _begin()
-        with graph.inserting_before(first):
+        with graph.inserting_before(min(found.of_weight, found.product)):
             both = graph.call_function(torch.ops.functorch_ens.rank1_gradients.default, found[:4])
             of_weight, of_s = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
             shaped = graph.call_function(aten.reshape.default, (of_s, _shape(found.of_s)))
         both.meta["val"] = (found.of_weight.meta["val"], found.s.meta["val"])
         for new, like in ((of_weight, found.of_weight), (of_s, found.s), (shaped, found.of_s)):
             new.meta["val"] = like.meta["val"]
-        found.of_weight.replace_all_uses_with(of_weight)
-        found.of_s.replace_all_uses_with(shaped)
-        for old in (found.of_weight, found.of_s):
+        for old, new in ((found.of_weight, of_weight), (found.of_s, shaped)):
+            old.replace_all_uses_with(new)
             graph.erase_node(old)
     graph.eliminate_dead_code()
 
@@ -125,7 +128,7 @@ def join_rank1_gradients(graph: Graph) -> None:
 def _match(of_s: Any) -> _Found | None:
     """The gradients that `of_s` is one of: it sums (g W) * x over the rows, and beside it there is g^T (x * s)."""
     times, dims = of_s.args[:2]
-    if not _calls(times, aten.mul.Tensor) or dims != [1]:
+    if not _calls(times, aten.mul.Tensor) or dims != [1] or not _are_tensors(times.args):
         return None
     for wide, x in (times.args, times.args[::-1]):
         product = _seen(wide)
@@ -135,28 +138,34 @@ def _match(of_s: Any) -> _Found | None:
         for turned in filter(_is_turn, g.users):
             for of_weight in turned.users:
                 scaled: Any = _seen(of_weight.args[1]) if _calls(of_weight, aten.mm.default) else None
-                if _calls(scaled, aten.mul.Tensor) and x in scaled.args:
-                    s = _seen(scaled.args[1 - scaled.args.index(x)])
-                    found = _Found(g, x, s, weight, of_weight, of_s, product)
-                    if _fits(found, times, scaled):
+                if _calls(scaled, aten.mul.Tensor) and _are_tensors(scaled.args) and x in scaled.args:
+                    scale = scaled.args[1 - scaled.args.index(x)]
+                    found = _Found(g, x, _seen(scale), weight, of_weight, of_s, product)
+                    if _fits(found, wide, scale, scaled):
                         return found
     return None
 
 
-def _fits(found: _Found, times: Node, scaled: Node) -> bool:
-    """Whether all is in float32 on a CPU, as it is shaped in such a layer, and large enough."""
-    nodes = (*found, times, scaled)
-    tensors = [node.meta["val"] for node in nodes]
+def _fits(found: _Found, wide: Node, scale: Node, scaled: Node) -> bool:
+    """Whether all is in float32 on a CPU, as it is shaped in such a layer, large enough, and there in time."""
+    nodes = (found.g, found.of_weight, found.product, wide, scale, scaled)
+    tensors = [node.meta["val"] for node in (*found, *nodes)]
     if not all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors):
         return False
     sizes = [size for node in (found.x, found.s, found.weight) for size in _shape(node)]
     if len(sizes) != 6 or not all(isinstance(size, int) for size in sizes[1:]):
         return False
-    b, i, e, _, o, _ = sizes
-    shapes = [[e * b, o], [b, i], [e, i], [o, i], [o, i], _shape(found.of_s), [e * b, i], [e, b, i], [e, b, i]]
+    b, i, e, i_of_s, o, i_of_weight = sizes
+    shapes = [[e * b, o], [o, i], [e * b, i], [e, b, i], [e, 1, i], [e, b, i]]
     # The number of rows may be a symbol; then the operator finds out whether it is large enough.
     known = b if isinstance(b, int) else FEW
-    return all(map(_same, map(_shape, nodes), shapes)) and known >= FEW and e * known * o * i >= ENOUGH
+    return (
+        i == i_of_s == i_of_weight
+        and all(map(_same, map(_shape, nodes), shapes))
+        and known >= FEW
+        and e * known * o * i >= ENOUGH
+        and max(found[:4]) < min(found.of_weight, found.product)
+    )
 
 
 def _same(shape: list[Any], other: list[Any]) -> bool:
@@ -165,6 +174,10 @@ def _same(shape: list[Any], other: list[Any]) -> bool:
 
 def _calls(node: Any, target: Any) -> Any:
     return isinstance(node, Node) and node.target is target
+
+
+def _are_tensors(arguments: Any) -> bool:
+    return all(isinstance(each, Node) and isinstance(each.meta.get("val"), Tensor) for each in arguments)
 
 
 def _shape(node: Any) -> list[Any]:

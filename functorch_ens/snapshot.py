@@ -25,18 +25,20 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, owned: set[int]) -> None:
-        # Each with its attributes, and how many these are with the internal ones, which are never replaced.
-        self._modules: list[tuple[nn.Module, dict[str, Any], int]] = []
+        # Each with its attributes, and those of them that not every module has.
+        self._modules: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._lists: list[tuple[list[Any] | deque[Any], list[Any]]] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._tensors: list[tuple[Tensor, Tensor, int]] = []
         owned = owned - {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
         for module in model.modules():
-            own = {name: value for name, value in vars(module).items() if name not in INTERNAL}
-            self._modules.append((module, own, len(vars(module))))
-            for value in (*(vars(module).get(name) for name in _REGISTRIES), *own.values()):
-                self._remember(value, owned)
+            attributes = {name: value for name, value in vars(module).items() if name != "training"}
+            own = {name: value for name, value in attributes.items() if name not in INTERNAL}
+            self._modules.append((module, attributes, own))
+            for name, value in attributes.items():
+                if name in _REGISTRIES or name in own:
+                    self._remember(value, owned)
 
     def _remember(self, value: Any, owned: set[int]) -> None:
         if id(value) not in owned or isinstance(value, nn.Module):
@@ -73,22 +75,23 @@ class Snapshot:
             for tensor, value, version in self._tensors:
                 if tensor._version != version:
                     _write(tensor, value)
-        if torch.compiler.is_compiling() and not TRACES_DICT:
+        compiling = torch.compiler.is_compiling()
+        if compiling and not TRACES_DICT:
             self._reassign()
             return
-        for module, attributes, count in self._modules:
+        for module, attributes, own in self._modules:
             state = module.__dict__
-            for name, value in attributes.items():
+            for name, value in (own if compiling else attributes).items():
                 if name not in state or state[name] is not value:
                     setattr(module, name, value)
-            if len(state) != count:
-                for name in [name for name in state if name not in attributes and name not in INTERNAL]:
+            if len(state) > len(attributes) + 1:  # with `training`
+                for name in [name for name in state if name not in attributes and name != "training"]:
                     delattr(module, name)
 
     def _reassign(self) -> None:
         """Undo assignments to the attributes that were there; new ones stay."""
-        for module, attributes, _ in self._modules:
-            for name, value in attributes.items():
+        for module, _, own in self._modules:
+            for name, value in own.items():
                 if getattr(module, name) is not value:
                     setattr(module, name, value)
 

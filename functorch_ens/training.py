@@ -423,16 +423,18 @@ class TrainStep:
     def _run(self, *arguments: Any) -> Gradients:
         """`_gradients`, by the compiler where that is wanted and works."""
         if self._compiles and self._first:
-            return self._start(arguments)
+            return self._start(arguments, self._options)
         try:
             return self._compute(*arguments)
-        except torch._dynamo.exc.TorchDynamoException:  # which a first call has not seen, so sizes are new
-            self._options = {"dynamic": False, **self._options}  # torch takes them for symbols, and may not come far
-            return self._start(arguments)
+        except torch._dynamo.exc.TorchDynamoException:
+            if not self._compiles:
+                raise
         except RuntimeError as error:
             if self._compiles and "out of bounds" in str(error):
                 self._gradients(*arguments)  # which says what is
             raise
+        # The first call worked, so sizes are new; torch takes them for symbols, with which it may not come far.
+        return self._start(arguments, {"dynamic": False, **self._options})
 
     def _gradients(self, E: int, work: _Work, prepared: bool) -> Gradients:
         trained, fixed, buffers, values, batch, kwargs = work
@@ -457,30 +459,30 @@ class TrainStep:
             return nullcontext()
         return torch.autocast(next(iter(tensors)).device.type, dtype=self._autocast)
 
-    def _start(self, arguments: tuple[Any, ...]) -> Gradients:
-        """The first call: once as it is, for the model's own errors and the choice of a strategy, and then compiled."""
+    def _start(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Gradients:
+        """A first call: once as it is, for the model's own errors and the choice of a strategy, and then compiled."""
         tensors = take_apart(arguments)[0]
         before = RandomState.of(tensors)
         plain = self._gradients(*arguments)
         after = RandomState.of(tensors)
         before.restore()
-        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors) and "backend" not in self._options
+        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors) and "backend" not in options
         try:
             if on_cpu:
                 loop = self.forward.compiled_plan(arguments[1].trained).strategy == "loop"
-                compiled, result = compiled_on_cpu(self._gradients, self._options, loop, arguments)
+                compiled, result = compiled_on_cpu(self._gradients, options, loop, arguments)
             else:
-                compiled = compiled_method(self._gradients, self._options)
+                compiled = compiled_method(self._gradients, options)
                 result = compiled(*arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # it has just been computed, so the error is the compiler's
-            if self._options.get("fullgraph") and not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            if options.get("fullgraph") and not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
                 raise
             reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
             log.warning("torch.compile does not work here, so training goes on without it: %s", reason)
             after.restore()
-            self._compiles = False
+            self._compiles, self._compute = False, self._gradients
             return plain
         self._first = False
         self._compute = compiled

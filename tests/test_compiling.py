@@ -105,8 +105,9 @@ def test_where_it_fails_it_is_tried(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     assert "goes on without it: C++ compile error" in caplog.text
 
 
+@pytest.mark.parametrize("static_works", [True, False])
 def test_sizes_that_cannot_be_symbols_are_compiled_as_they_are(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, static_works: bool
 ) -> None:
     asked: list[Any] = []
 
@@ -115,8 +116,10 @@ def test_sizes_that_cannot_be_symbols_are_compiled_as_they_are(
         seen: set[int] = set()
 
         def call(E: int, work: Any, prepared: bool) -> Any:
-            seen.add(len(work.batch[0]))
-            if (len(seen) > 1 and options.get("dynamic") is not False) or work.batch[0].shape[1] != 3:
+            rows, inputs = work.batch[0].shape
+            seen.add(rows)
+            works = len(seen) == 1 if options.get("dynamic") is None else static_works
+            if not works or inputs != 3:
                 raise torch._dynamo.exc.TorchRuntimeError("a symbol")
             return function(E, work, prepared)
 
@@ -127,12 +130,33 @@ def test_sizes_that_cannot_be_symbols_are_compiled_as_they_are(
     model = nn.Linear(3, 2)
     params = fe.ensemble_params(model, 2)
     step = fe.make_train_step(fe.make_forward(model), F.mse_loss, torch.optim.SGD(tree_leaves(params)))
-    for B in (5, 5, 4, 3):
+    for B in (5, 5, 4, 3, 5, 4):
         step.gradients(params, torch.ones(B, 3), torch.ones(B, 2))
     assert asked == [None, False]
-    assert not caplog.records
+    assert len(caplog.records) == (0 if static_works else 1)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):  # the model's own, in its own words
         step.gradients(params, torch.ones(5, 4), torch.ones(5, 2))
+
+
+def test_a_step_that_is_not_compiled_leaves_a_compilers_errors_alone() -> None:
+    def loss(output: Any, y: Any) -> Any:
+        raise torch._dynamo.exc.TorchRuntimeError("of the user's own compiled function")
+
+    params = fe.ensemble_params(nn.Linear(3, 2), 2)
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    step = fe.make_train_step(fe.make_forward(nn.Linear(3, 2)), loss, optimizer, compile=False)
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="own compiled"):
+        step.gradients(params, torch.ones(5, 3), torch.ones(5, 2))
+
+
+@pytest.mark.parametrize("missing", ["functorch_ens.kernels._install", "functorch_ens.passes.Passes"])
+def test_a_torch_that_has_things_otherwise_still_compiles(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    def changed() -> Any:
+        raise AttributeError("no attribute 'cpp_pybinding'")
+
+    monkeypatch.setattr(missing, changed)
+    options = _options_of_a_step(monkeypatch, about=PASS)
+    assert [bool(each) for each in options] == ["kernels" in missing]
 
 
 def test_a_step_for_batches_of_many_sizes() -> None:

@@ -16,6 +16,7 @@ from oracle import assert_same, compiler
 from torch import Tensor, nn
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.fx import Graph
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
@@ -24,6 +25,7 @@ from functorch_ens.passes import Passes
 
 pytestmark = pytest.mark.skipif(compiler() != "inductor", reason="it is a kernel, and a pass of inductor")
 
+aten = torch.ops.aten
 PASS = "post_grad_custom_pre_pass"
 OPERATOR = torch.ops.functorch_ens.rank1_gradients.default
 
@@ -76,31 +78,39 @@ def test_with_any_number_of_threads_and_any_strides(threads: int) -> None:
     assert all(tensor.is_contiguous() for tensor in found)
 
 
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("B", [3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_is_an_operator_as_torch_wants_them(B: int, dtype: torch.dtype) -> None:
+    """Its results are laid out as its fake ones, with the kernel and without."""
+    given = tuple(_layer(3, B, 5, 6, dtype))
+    torch.library.opcheck(OPERATOR, given, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+    _assert_close(OPERATOR(*given), _by_autograd(*given))
+
+
 def test_without_the_kernel_it_is_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
     given = _layer(3, 4, 5, 6)
     monkeypatch.setattr(rank1_gradients, "_kernel", lambda: None)
     _assert_close(OPERATOR(*given), _by_autograd(*given))
 
 
+class Narrow:
+    """What a processor without AVX-512 has."""
+
+    def bit_width(self) -> int:
+        return 256
+
+
 def test_no_kernel_for_other_processors_or_where_it_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = rank1_gradients._kernel.__wrapped__
-
-    class Isa:
-        def bit_width(self) -> int:
-            return width
-
-    def fails() -> Any:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(rank1_gradients, "pick_vec_isa", Isa)
-    monkeypatch.setattr(rank1_gradients, "_begin", lambda: lambda: "kernel")
-    width = 512
-    assert find() == "kernel"
-    width = 256
-    assert find() is None
-    width = 512
-    monkeypatch.setattr(rank1_gradients, "_begin", lambda: fails)
-    assert find() is None
+    begun, kernel = rank1_gradients._begun.__wrapped__, rank1_gradients._kernel.__wrapped__
+    fails = Mock(side_effect=RuntimeError("no compiler"))
+    for answer, found in ((lambda: "kernel", "kernel"), (fails, None), (None, None)):
+        monkeypatch.setattr(rank1_gradients, "_begun", lambda answer=answer: answer)
+        assert kernel() == found
+    monkeypatch.setattr("torch._inductor.codecache.CppPythonBindingsCodeCache.load_pybinding_async", fails)
+    assert begun() is None
+    monkeypatch.setattr(rank1_gradients, "pick_vec_isa", Narrow)
+    assert begun() is None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -207,25 +217,77 @@ def test_it_is_there_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(rank1_gradients, "_kernel", kernel)
     model, passes = _mlp(2**11, 2**9, 4), Counted()
     params = fe.batchensemble_params(model, 3)
-    make = partial(fe.make_train_step, fe.make_forward(model, rank1_side="activation"), F.cross_entropy)
+    make = partial(fe.make_train_step, fe.make_forward(model, rank1_side="activation"), F.mse_loss)
     step, plain = (
         make(torch.optim.SGD(tree_leaves(params)), compile=compile) for compile in ({"options": {PASS: passes}}, False)
     )
     for B, kernels in ((9, 1), (10, 1), (7, 0), (11, 1)):
-        batch = torch.randn(B, 2**11), torch.randint(4, (B,))
+        batch = torch.randn(B, 2**11), torch.randn(B, 4)
         assert_same(step.gradients(params, *batch), plain.gradients(params, *batch))
         assert kernel.call_count == kernels
         kernel.reset_mock()
-    assert passes.count < 4  # not one for each number of rows
+    assert passes.count == 2  # of nine rows, and of any number
+
+
+class Scaled(nn.Module):
+    """A layer whose input is multiplied by a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(21, 4)
+        self.shift = nn.Parameter(torch.randn(21))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer((x + self.shift) * 0.5)
+
+
+@pytest.mark.usefixtures("everything")
+def test_numbers_are_not_taken_for_tensors() -> None:
+    model, passes = Scaled(), Counted()
+    params = fe.ensemble_params(model, 3, stacked="shift", reset=False)
+    forward, batch = fe.make_forward(model), (torch.randn(7, 21), torch.randint(4, (7,)))
+    found = []
+    for compile in ({"options": {PASS: passes}, "fullgraph": True}, False):
+        step = fe.make_train_step(forward, F.cross_entropy, torch.optim.SGD(tree_leaves(params)), compile=compile)
+        found.append(step.gradients(params, *batch))
+        assert step._compiles is (compile is not False)
+    got, want = found
+    assert_same(got, want)
+    assert passes.count == 0
+
+
+def _passed(function: Any, *tensors: Tensor) -> Any:
+    """`function` as a graph, after the pass."""
+    module = make_fx(function, tracing_mode="fake")(*tensors)
+    rank1_gradients.join_rank1_gradients(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+@pytest.mark.usefixtures("everything")
+@pytest.mark.parametrize("kind", ["channels", "rows", "two scales", "late"])
+def test_what_looks_alike_is_told_apart(kind: str) -> None:
+    E, n, out = 3, 6, 5
+    g, x, s, weight = _layer(E, n, out, n)
+
+    def gradients(g: Tensor, x: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        product = aten.mm.default(g, weight)
+        late = s.exp() if kind == "late" else s
+        scale = aten.reshape.default(late, [E, n, 1] if kind == "rows" else [E, 1, n])
+        scaled = aten.reshape.default(aten.mul.Tensor(x, scale), [E * n, n])
+        of_weight = aten.mm.default(aten.permute.default(g, [1, 0]), scaled)
+        times = aten.mul.Tensor(aten.reshape.default(product, [E, n, n]), x * 2 if kind == "two scales" else x)
+        return of_weight, aten.sum.dim_IntList(times, [1], True)
+
+    module = _passed(gradients, g, x, s, weight)
+    count = len(module.graph.find_nodes(op="call_function", target=OPERATOR))
+    assert count == (kind == "channels")
+    assert_same(module(g, x, s, weight), gradients(g, x, s, weight))
 
 
 def test_it_is_not_for_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank1_gradients, "ENOUGH", 0)
     monkeypatch.setattr(rank1_gradients, "FEW", 0)
-
-    class Isa:
-        def bit_width(self) -> int:
-            return 256
-
-    monkeypatch.setattr(rank1_gradients, "pick_vec_isa", Isa)
+    monkeypatch.setattr(rank1_gradients, "_begun", lambda: None)
     assert _count(_mlp(21, 4), torch.randn(7, 21)) == 0
