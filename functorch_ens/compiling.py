@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from functools import cache
+from importlib import import_module
 from threading import Thread
 from types import FunctionType, MethodType
 from typing import Any
@@ -74,14 +75,14 @@ def compiled_on_cpu(
 
     Before a first compilation torch tries whether the C++ compiler can build for each kind of AVX that the processor
     has. Hardly one cannot, so the plain trials, 6 of 8 seconds on two cores, are left for when a compilation fails.
-    The others (AMX, VNNI, BF16), 2 seconds, are made while the method is traced.
+    The others (AMX, VNNI, BF16), 2 seconds, are made while the method is traced, and then this package's own kernel.
     """
     given = dict(options.get("options") or {})
     # A weight that serves one member's rows is not worth a change of its layout before each convolution.
     mine: dict[str, Any] = {"layout_optimization": False} if loop else {}
     untried = {"cpp.vec_isa_ok": True} if _trial_can_wait() else {}
     if untried and not any(name.startswith("cpp.") for name in given):
-        _begin_other_trials()
+        _begin_ahead()
     compiled = _joined(compiled_method(method, {**options, "options": {**mine, **untried, **given}}))
     try:
         return compiled, compiled(*arguments)
@@ -106,36 +107,48 @@ def _joined(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cache
-def _begin_other_trials() -> None:
-    """Once, in a thread: what torch tries besides plain AVX. It then finds the outcomes in its cache.
+def _begin_ahead() -> None:
+    """Once, in a thread: what a first compilation needs of the C++ compiler, which torch then finds in its cache.
 
-    Should that not work, torch still tries everything in its own time.
+    Should that not work, torch still does everything in its own time.
     """
     try:
         # Imported by two threads at once, a module may be seen half made.
-        import torch._inductor.codecache
-        import torch._inductor.cpp_builder
-        import torch.utils._filelock  # noqa: F401
-
-        Thread(target=copy_context().run, args=(_try_others,)).start()  # with inductor's settings of this thread
+        for module in ("torch._inductor.cpp_builder", "torch.utils._filelock", "functorch_ens.rank1_gradients"):
+            import_module(module)
+        Thread(target=copy_context().run, args=(_ahead,)).start()  # with inductor's settings of this thread
     except Exception as error:
-        log.debug("nothing is tried ahead of a compilation: %r", error)
+        log.debug("nothing is done ahead of a compilation: %r", error)
+
+
+def _ahead() -> None:
+    try:
+        _try_others()
+        _make_kernel()
+    except Exception as error:
+        log.debug("not all was done ahead of a compilation: %r", error)
 
 
 def _try_others() -> None:
+    """What torch tries of the C++ compiler besides plain AVX."""
     isa = torch._inductor.cpu_vec_isa
-    try:
-        known, plain = isa.x86_isa_checker(), isa.VecISA._avx_code
-        for kind in map(type, isa.supported_vec_isa_list):
+    known, plain = isa.x86_isa_checker(), isa.VecISA._avx_code
+    for kind in map(type, isa.supported_vec_isa_list):
 
-            class Ahead(kind):  # type: ignore[misc, valid-type]  # its answers are not taken for those of `kind`
-                def check_build(self, code: str) -> bool:
-                    return code == plain or super().check_build(code)
+        class Ahead(kind):  # type: ignore[misc, valid-type]  # its answers are not taken for those of `kind`
+            def check_build(self, code: str) -> bool:
+                return code == plain or super().check_build(code)
 
-            if all(flag in known for flag in str(Ahead()).split()):
-                bool(Ahead())
-    except Exception as error:
-        log.debug("not all was tried ahead of a compilation: %r", error)
+        if all(flag in known for flag in str(Ahead()).split()):
+            bool(Ahead())
+
+
+def _make_kernel() -> None:
+    """The kernel of this package, and with it the header of all: 4 seconds, once on a machine."""
+    from functorch_ens.rank1_gradients import kernel
+
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
+        kernel()
 
 
 def _trial_can_wait() -> bool:

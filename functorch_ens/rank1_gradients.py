@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
-from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.fx import Graph, Node
@@ -51,12 +50,12 @@ def _by_two_products(g: Tensor, x: Tensor, s: Tensor, weight: Tensor) -> tuple[T
 
 
 def _on_cpu(g: Tensor, x: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    kernel = _kernel() if len(x) >= FEW and g.dtype == torch.float32 else None
-    if kernel is None:
+    compute = kernel() if len(x) >= FEW and g.dtype == torch.float32 else None
+    if compute is None:
         return _by_two_products(g, x, s, weight)
     g, x, s, weight = (tensor.contiguous() for tensor in (g, x, s, weight))
     found = torch.empty_like(weight), torch.empty_like(s)
-    kernel(g, x, s, weight, *found, len(s), len(x), *weight.shape, torch.get_num_threads())
+    compute(g, x, s, weight, *found, len(s), len(x), *weight.shape, torch.get_num_threads())
     return found
 
 
@@ -69,27 +68,21 @@ torch.library.register_fake(
 )
 
 
+def is_faster() -> bool:
+    """Whether this processor has what the kernel is for."""
+    return pick_vec_isa().bit_width() == 512
+
+
 @cache
-def _begun() -> Callable[[], Any] | None:
-    """The kernel, begun by a process that compiles: what is returned waits for it. None where it is of no use."""
-    if pick_vec_isa().bit_width() != 512:
+def kernel() -> Any:
+    """The kernel, which the first call compiles; None where there is none."""
+    if not is_faster():  # a graph in torch's cache may be of another processor
         return None
     types = ["const float*"] * 4 + ["float*"] * 2 + ["int64_t"] * 5
     try:
-        return CppPythonBindingsCodeCache.load_pybinding_async(types, SOURCE.read_text(), submit_fn=AsyncCompile.submit)
+        return CppPythonBindingsCodeCache.load_pybinding(types, SOURCE.read_text())
     except Exception as error:
-        log.debug("the kernel for gradients of rank-1 layers cannot be compiled: %r", error)
-        return None
-
-
-@cache
-def _kernel() -> Any:
-    """The kernel; None where there is none (a graph in torch's cache may have been made where there is)."""
-    begun = _begun()
-    try:
-        return None if begun is None else begun()
-    except Exception as error:
-        log.debug("the kernel for gradients of rank-1 layers was not compiled: %r", error)
+        log.debug("the gradients of rank-1 layers are computed by two products: %r", error)
         return None
 
 
@@ -110,7 +103,7 @@ def join_rank1_gradients(graph: Graph) -> None:
     """Change `graph`: one product instead of two for the gradients of a rank-1 layer with one input for all members."""
     for of_s in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
         found = _match(of_s)
-        if found is None or _begun() is None:
+        if found is None or not is_faster():
             continue
         with graph.inserting_before(min(found.of_weight, found.product)):
             both = graph.call_function(torch.ops.functorch_ens.rank1_gradients.default, found[:4])

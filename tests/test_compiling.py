@@ -54,7 +54,7 @@ def _options_of_a_step(
         return call
 
     monkeypatch.setattr(torch, "compile", fake)
-    monkeypatch.setattr(compiling, "_begin_other_trials", begin)
+    monkeypatch.setattr(compiling, "_begin_ahead", begin)
     model = nn.Linear(3, 2)
     params, x, y = fe.ensemble_params(model, 2), torch.ones(5, 3), torch.ones(5, 2)
     steps = [
@@ -126,7 +126,7 @@ def test_sizes_that_cannot_be_symbols_are_compiled_as_they_are(
         return call
 
     monkeypatch.setattr(torch, "compile", fake)
-    monkeypatch.setattr(compiling, "_begin_other_trials", lambda: None)
+    monkeypatch.setattr(compiling, "_begin_ahead", lambda: None)
     model = nn.Linear(3, 2)
     params = fe.ensemble_params(model, 2)
     step = fe.make_train_step(fe.make_forward(model), F.mse_loss, torch.optim.SGD(tree_leaves(params)))
@@ -209,25 +209,26 @@ print(ahead > 0 or "avx512_vnni" not in isa.x86_isa_checker(), len(runs) - ahead
 
 def test_trials_ahead_that_fail_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("torch._inductor.cpu_vec_isa.supported_vec_isa_list")
-    compiling._try_others()
+    compiling._ahead()
 
     def no_more(*_: Any, **__: Any) -> Any:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(compiling, "Thread", no_more)
-    compiling._begin_other_trials.__wrapped__()
+    compiling._begin_ahead.__wrapped__()
 
 
 @pytest.mark.usefixtures("_on_x86")
 def test_what_is_tried_ahead_is_what_the_compilation_will_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """In inductor's settings of the caller, and not where options decide about the compiler."""
     seen = []
-    monkeypatch.setattr(compiling, "_try_others", lambda: seen.append(torch._inductor.config.cpp.simdlen))
-    begin = compiling._begin_other_trials.__wrapped__
+    for work in ("_try_others", "_make_kernel"):
+        monkeypatch.setattr(compiling, work, lambda: seen.append(torch._inductor.config.cpp.simdlen))
+    begin = compiling._begin_ahead.__wrapped__
     monkeypatch.setattr(compiling, "Thread", lambda target, args: SimpleNamespace(start=lambda: target(*args)))
     with torch._inductor.config.patch({"cpp.simdlen": 256}):
         begin()
-    assert seen == [256]
+    assert seen == [256, 256]
     begun: list[bool] = []
     for options in (True, {}, {"options": {"cpp.simdlen": 256}}, {"options": {TRIAL: False}}, {"backend": "eager"}):
         count = len(begun)

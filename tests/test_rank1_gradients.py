@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_same, compiler
 from torch import Tensor, nn
-from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
@@ -33,7 +32,7 @@ OPERATOR = torch.ops.functorch_ens.rank1_gradients.default
 @pytest.fixture(scope="module")
 def wide() -> None:
     with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
-        if pick_vec_isa().bit_width() != 512:
+        if not rank1_gradients.is_faster():
             pytest.skip("it is for AVX-512")
 
 
@@ -57,7 +56,7 @@ def _assert_close(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
 @given(E=st.integers(1, 4), B=st.integers(1, 9), out=st.integers(1, 20), into=st.integers(1, 100))
 def test_it_is_what_autograd_finds(E: int, B: int, out: int, into: int) -> None:
     """Whatever part of its last tile is there."""
-    assert rank1_gradients._kernel() is not None
+    assert rank1_gradients.kernel() is not None
     given = _layer(E, B, out, into)
     copies = [tensor.clone() for tensor in given]
     _assert_close(OPERATOR(*given), _by_autograd(*given))
@@ -90,27 +89,18 @@ def test_it_is_an_operator_as_torch_wants_them(B: int, dtype: torch.dtype) -> No
 
 def test_without_the_kernel_it_is_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
     given = _layer(3, 4, 5, 6)
-    monkeypatch.setattr(rank1_gradients, "_kernel", lambda: None)
+    monkeypatch.setattr(rank1_gradients, "kernel", lambda: None)
     _assert_close(OPERATOR(*given), _by_autograd(*given))
 
 
-class Narrow:
-    """What a processor without AVX-512 has."""
-
-    def bit_width(self) -> int:
-        return 256
-
-
 def test_no_kernel_for_other_processors_or_where_it_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, kernel = rank1_gradients._begun.__wrapped__, rank1_gradients._kernel.__wrapped__
-    fails = Mock(side_effect=RuntimeError("no compiler"))
-    for answer, found in ((lambda: "kernel", "kernel"), (fails, None), (None, None)):
-        monkeypatch.setattr(rank1_gradients, "_begun", lambda answer=answer: answer)
-        assert kernel() == found
-    monkeypatch.setattr("torch._inductor.codecache.CppPythonBindingsCodeCache.load_pybinding_async", fails)
-    assert begun() is None
-    monkeypatch.setattr(rank1_gradients, "pick_vec_isa", Narrow)
-    assert begun() is None
+    find = rank1_gradients.kernel.__wrapped__
+    load = Mock(side_effect=RuntimeError("no compiler"))
+    monkeypatch.setattr("torch._inductor.codecache.CppPythonBindingsCodeCache.load_pybinding", load)
+    for faster in (True, False):
+        monkeypatch.setattr(rank1_gradients, "is_faster", lambda faster=faster: faster)
+        assert find() is None
+    assert load.call_count == 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -213,8 +203,8 @@ def test_it_is_not_in_small_layers_or_of_few_rows() -> None:
 def test_it_is_there_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the compiler does not know how many, the operator decides."""
     torch._dynamo.reset()
-    kernel = Mock(wraps=rank1_gradients._kernel)
-    monkeypatch.setattr(rank1_gradients, "_kernel", kernel)
+    kernel = Mock(wraps=rank1_gradients.kernel)
+    monkeypatch.setattr(rank1_gradients, "kernel", kernel)
     model, passes = _mlp(2**11, 2**9, 4), Counted()
     params = fe.batchensemble_params(model, 3)
     make = partial(fe.make_train_step, fe.make_forward(model, rank1_side="activation"), F.mse_loss)
@@ -289,5 +279,5 @@ def test_what_looks_alike_is_told_apart(kind: str) -> None:
 def test_it_is_not_for_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank1_gradients, "ENOUGH", 0)
     monkeypatch.setattr(rank1_gradients, "FEW", 0)
-    monkeypatch.setattr(rank1_gradients, "_begun", lambda: None)
+    monkeypatch.setattr(rank1_gradients, "is_faster", lambda: False)
     assert _count(_mlp(21, 4), torch.randn(7, 21)) == 0
