@@ -1,6 +1,6 @@
 """What an ensemble costs: classic and BatchEnsemble, by this library and by its rivals, on a CPU or a GPU.
 
-    python benchmarks/vmap_vs_be.py                        every case; nine minutes on two cores
+    python benchmarks/vmap_vs_be.py                        every case; eight minutes on two cores
     python benchmarks/vmap_vs_be.py --quick                the small MLPs, few rounds; a minute
     python benchmarks/vmap_vs_be.py --case mlp-32 --members 16
     python benchmarks/vmap_vs_be.py --device cuda          CUDA graphs, in float32 and in bfloat16 (autocast)
