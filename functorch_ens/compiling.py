@@ -83,16 +83,19 @@ def compiled_on_cpu(
     untried = {"cpp.vec_isa_ok": True} if _trial_can_wait() else {}
     if untried and not any(name.startswith("cpp.") for name in given):
         _begin_ahead()
-    compiled = _joined(compiled_method(method, {**options, "options": {**mine, **untried, **given}}))
-    try:
+
+    def attempt(assumed: dict[str, Any]) -> tuple[Callable[..., Any], Any]:
+        compiled = _joined(compiled_method(method, {**options, "options": {**mine, **assumed, **given}}))
         return compiled, compiled(*arguments)
+
+    try:
+        return attempt(untried)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         of_cpp = isinstance(error.inner_exception, torch._inductor.exc.CppCompileError | ImportError | OSError)
         if not (untried and of_cpp) or "cpp.vec_isa_ok" in given:
             raise
     _forget_what_was_not_tried()
-    compiled = _joined(compiled_method(method, {**options, "options": {**mine, **given}}))
-    return compiled, compiled(*arguments)
+    return attempt({})
 
 
 def _joined(compiled: Callable[..., Any]) -> Callable[..., Any]:

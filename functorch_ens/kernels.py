@@ -70,7 +70,6 @@ class _Kernels:
         self._submit = submit  # to a process that compiles
         self._texts: list[str] = []  # by their number
         self._files: dict[int, Any] | None = None
-        self._error: Exception | None = None
 
     def add(self, argtypes: list[str], source: str) -> Callable[[], Any]:
         """What gives the kernel, as a function of Python: by itself where it cannot be compiled with the others."""
@@ -99,17 +98,11 @@ class _Kernels:
 
     def _compiled(self) -> dict[int, Any]:
         """The file of each kernel."""
-        if self._error is not None:
-            raise self._error
         if self._files is None:
-            texts = dict(enumerate(self._texts))
-            try:
-                parts = _shared_out(texts, get_compile_threads())
-                waits = [_File.load_async(_joined(part), submit_fn=self._submit) for part in parts]
-                files = [wait() for wait in waits]
-            except Exception as error:
-                self._error = error
-                raise
+            self._files = {}  # should this fail, it is not tried again for the next kernel
+            parts = _shared_out(dict(enumerate(self._texts)), get_compile_threads())
+            waits = [_File.load_async(_joined(part), submit_fn=self._submit) for part in parts]
+            files = [wait() for wait in waits]
             self._files = {number: file for part, file in zip(parts, files, strict=True) for number in part}
         return self._files
 

@@ -123,23 +123,27 @@ class Counted(Passes):
 
 
 @pytest.fixture
-def everything(monkeypatch: pytest.MonkeyPatch, wide: None) -> None:
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of any size are worth it."""
     monkeypatch.setattr(rank1_gradients, "ENOUGH", 0)
     monkeypatch.setattr(rank1_gradients, "FEW", 0)
 
 
+@pytest.fixture
+def everything(any_size: None, wide: None) -> None:
+    """Nothing but the graph itself decides."""
+
+
 def _count(
     model: nn.Module,
     x: Tensor,
+    params: fe.EnsembleParams | None = None,
     chosen: Any = None,
-    batchensemble: bool = True,
     tolerance: float | None = None,
     **options: Any,
 ) -> int:
     """How often the operator is in a step; its gradients are those of the step that is not compiled."""
-    E = 3
-    params = fe.batchensemble_params(model, E) if batchensemble else fe.ensemble_params(model, E)
+    params = fe.batchensemble_params(model, 3) if params is None else params
     trained = [tensor for part in params for name, tensor in part.items() if chosen is None or chosen(name)]
     forward, y = fe.make_forward(model, rank1_side="activation"), torch.randint(4, (x.shape[0],))
     passes = Counted()
@@ -148,6 +152,7 @@ def _count(
         optimizer = torch.optim.SGD(trained)
         step = fe.make_train_step(forward, F.cross_entropy, optimizer, compile=compile, **options)
         found.append(step.gradients(params, x, y))
+        assert step._compiles is (compile is not False)  # and has not given it up
     got, want = found
     assert_same(got, want, tolerance=tolerance)
     return passes.count
@@ -183,7 +188,7 @@ def test_it_is_right_where_sizes_are_alike(B: int, into: int) -> None:
 @pytest.mark.usefixtures("everything")
 def test_it_is_not_where_there_are_no_two_products() -> None:
     model, x = _mlp(21, 13, 4), torch.randn(7, 21)
-    assert _count(model, x, batchensemble=False) == 0
+    assert _count(model, x, fe.ensemble_params(model, 3)) == 0
     for left_out in ("0.weight", "0.weight_s"):
         assert _count(model, x, chosen=lambda name, left_out=left_out: name != left_out) == 0
     assert _count(model.double(), x.double()) == 0
@@ -233,17 +238,9 @@ class Scaled(nn.Module):
 
 @pytest.mark.usefixtures("everything")
 def test_numbers_are_not_taken_for_tensors() -> None:
-    model, passes = Scaled(), Counted()
+    model = Scaled()
     params = fe.ensemble_params(model, 3, stacked="shift", reset=False)
-    forward, batch = fe.make_forward(model), (torch.randn(7, 21), torch.randint(4, (7,)))
-    found = []
-    for compile in ({"options": {PASS: passes}, "fullgraph": True}, False):
-        step = fe.make_train_step(forward, F.cross_entropy, torch.optim.SGD(tree_leaves(params)), compile=compile)
-        found.append(step.gradients(params, *batch))
-        assert step._compiles is (compile is not False)
-    got, want = found
-    assert_same(got, want)
-    assert passes.count == 0
+    assert _count(model, torch.randn(7, 21), params) == 0
 
 
 def _passed(function: Any, *tensors: Tensor) -> Any:
@@ -276,8 +273,7 @@ def test_what_looks_alike_is_told_apart(kind: str) -> None:
     assert_same(module(g, x, s, weight), gradients(g, x, s, weight))
 
 
+@pytest.mark.usefixtures("any_size")
 def test_it_is_not_for_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank1_gradients, "ENOUGH", 0)
-    monkeypatch.setattr(rank1_gradients, "FEW", 0)
     monkeypatch.setattr(rank1_gradients, "is_faster", lambda: False)
     assert _count(_mlp(21, 4), torch.randn(7, 21)) == 0
