@@ -1,21 +1,21 @@
 """Ensembles of any PyTorch model, classic (deep) ones and BatchEnsemble, as pure functions of a parameter pytree."""
 
 from functorch_ens import metrics, plots
-from functorch_ens import rules as _rules  # noqa: F401  it puts the fast rules into the registry
-from functorch_ens.checkpoint import load_checkpoint, save_checkpoint
-from functorch_ens.describe import Description, describe
-from functorch_ens.fitting import Fitted, fit
-from functorch_ens.forward import Forward, make_forward
-from functorch_ens.losses import cross_entropy, member_losses
-from functorch_ens.optimisers import param_groups
-from functorch_ens.params import EnsembleParams, batchensemble_params, ensemble_buffers, ensemble_params
-from functorch_ens.prediction import predict
-from functorch_ens.rank1 import Layout, Rank1, rank1_layout, rank1_rule
-from functorch_ens.sampling import bootstrap, index_batches
-from functorch_ens.stacking import member_params, stack_buffers, stack_params
-from functorch_ens.temperature import fit_temperature
-from functorch_ens.training import Gradients, TrainStep, make_train_step
-from functorch_ens.uncertainty import (
+from functorch_ens.forward.forward import Forward, make_forward
+from functorch_ens.forward.predict import predict
+from functorch_ens.layers import rules as _rules  # noqa: F401  it puts the fast rules into the registry
+from functorch_ens.layers.registry import Layout, Rank1, rank1_layout, rank1_rule
+from functorch_ens.params.describe import Description, describe
+from functorch_ens.params.make import batchensemble_params, ensemble_buffers, ensemble_params
+from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.params.stack import member_params, stack_buffers, stack_params
+from functorch_ens.training.batches import bootstrap, index_batches
+from functorch_ens.training.checkpoint import load_checkpoint, save_checkpoint
+from functorch_ens.training.fit import Fitted, fit
+from functorch_ens.training.losses import cross_entropy, member_losses
+from functorch_ens.training.optim import param_groups
+from functorch_ens.training.step import Gradients, TrainStep, make_train_step
+from functorch_ens.uncertainty.measures import (
     Uncertainty,
     classification_uncertainty,
     disagreement,
@@ -24,6 +24,7 @@ from functorch_ens.uncertainty import (
     pairwise_kl,
     regression_uncertainty,
 )
+from functorch_ens.uncertainty.temperature import fit_temperature
 
 __all__ = [
     "Description",

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from functorch_ens.checks import check_positive_int
-from functorch_ens.outputs import check_floating, check_labels, check_regression, shows_values
-from functorch_ens.uncertainty import classification_uncertainty, mean_log_probs, mean_probs
+from functorch_ens.uncertainty.logits import check_floating, check_labels, check_regression, of_label, shows_values
+from functorch_ens.uncertainty.measures import classification_uncertainty, mean_log_probs, mean_probs
 
 
 class SelectiveAccuracy(NamedTuple):
@@ -54,7 +54,7 @@ def nll(logits: Tensor, y: Tensor) -> Tensor:
         TypeError, ValueError: as `check_logits` and `check_labels`.
     """
     log_q = mean_log_probs(logits)
-    return -_of_label(log_q, check_labels(y, logits)).mean()
+    return -of_label(log_q, check_labels(y, logits)).mean()
 
 
 def brier(logits: Tensor, y: Tensor) -> Tensor:
@@ -227,8 +227,3 @@ def _check_score(score: Tensor, argument: str) -> None:
     check_floating(score, argument)
     if shows_values(score) and bool(score.isnan().any()):
         raise ValueError(f"{argument}: expected numbers, got nan")
-
-
-def _of_label(values: Tensor, y: Tensor) -> Tensor:
-    """From each row of `values`, `[..., C]`, the one at the label, `[...]`."""
-    return values.gather(-1, y[..., None])[..., 0]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from functorch_ens.checks import check_option, check_positive_int
 from functorch_ens.metrics import auroc, confidence_bins, selective_accuracy
-from functorch_ens.outputs import check_floating
-from functorch_ens.uncertainty import Uncertainty, classification_uncertainty
+from functorch_ens.uncertainty.logits import check_floating
+from functorch_ens.uncertainty.measures import Uncertainty, classification_uncertainty
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import register_random, settings
 
-from functorch_ens import updates
+from functorch_ens.training import update as updates
 
 # A compilation or a first call can take a second; how long an example takes says nothing here.
 # The same examples at every run of CI; new ones at every other run.

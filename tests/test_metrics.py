@@ -32,8 +32,8 @@ from functorch_ens.metrics import (
     nll,
     selective_accuracy,
 )
-from functorch_ens.temperature import fit_temperature
-from functorch_ens.uncertainty import classification_uncertainty, mean_probs
+from functorch_ens.uncertainty.measures import classification_uncertainty, mean_probs
+from functorch_ens.uncertainty.temperature import fit_temperature
 
 OF_LABELS: dict[str, Any] = {
     function.__name__: function for function in (nll, brier, accuracy, calibration_error, selective_accuracy)

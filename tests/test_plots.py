@@ -23,7 +23,7 @@ from torch import Tensor
 
 from functorch_ens import plots
 from functorch_ens.metrics import auroc, calibration_error, confidence_bins, selective_accuracy
-from functorch_ens.uncertainty import Uncertainty, classification_uncertainty
+from functorch_ens.uncertainty.measures import Uncertainty, classification_uncertainty
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,0 +1,79 @@
+"""What an ensemble answers to a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from einops import repeat
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from functorch_ens.checks import check_positive_int, shown
+from functorch_ens.forward.forward import Forward
+from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.trees import Form, take_apart
+
+
+def predict(
+    forward: Forward,
+    params: EnsembleParams,
+    *inputs: Tensor,
+    buffers: Mapping[str, Tensor] | None = None,
+    batch_size: int = 256,
+    prepare: Callable[..., Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Every member's output for all of `inputs`, in eval mode, without gradients, in batches.
+
+    >>> import torch, functorch_ens as fe
+    >>> model = torch.nn.Linear(3, 2)
+    >>> fe.predict(fe.make_forward(model), fe.ensemble_params(model, E=5), torch.ones(1000, 3)).shape
+    torch.Size([5, 1000, 2])
+
+    Args:
+        forward: from `make_forward`. One with `member_inputs=True` gets the same inputs for every member.
+        params: those of the ensemble.
+        inputs: tensors `[N, ...]`, which all members get.
+        buffers: those of the ensemble, which are only read.
+        batch_size: how many of the N rows go through the model at once.
+        prepare: what is done with a batch first: `prepare(*inputs)` returns the input, or a tuple of inputs, of the
+            model.
+        kwargs: go to the model with every batch.
+
+    Returns: the output, any pytree or dataclass, each tensor `[E, N, ...]`. The model is left in its mode.
+
+    Raises: TypeError or ValueError where `inputs` are not tensors of one length N > 0, where a tensor in the output is
+        not `[E, B, ...]`, and as `forward` does.
+    """
+    size = check_positive_int(batch_size, "batch_size")
+    if not isinstance(forward, Forward):
+        raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {forward!r}")
+    wrong = [x for x in inputs if not isinstance(x, Tensor)]
+    if wrong or not inputs:
+        raise TypeError(f"inputs: expected tensors [N, ...], got {shown(wrong[0]) if wrong else 'none'}")
+    shapes = [list(x.shape) for x in inputs]
+    if len({tuple(shape[:1]) for shape in shapes}) != 1 or not shapes[0] or not shapes[0][0]:
+        raise ValueError(f"inputs: expected tensors of one length [N, ...], N > 0, got the shapes {shapes}")
+    E = forward.check(params, buffers)
+    parts: list[list[Tensor]] = []
+    forms: list[Form] = []
+    with torch.no_grad(), forward.mode(training=False):
+        for batch in zip(*(x.split(size) for x in inputs), strict=True):
+            given = batch if prepare is None else prepare(*batch)
+            given = given if isinstance(given, tuple) else (given,)
+            if forward.member_inputs:
+                given = pytree.tree_map_only(Tensor, lambda x: repeat(x, "... -> e ...", e=E), given)
+            output = forward(params, *given, buffers=buffers, **kwargs)
+            tensors, form = take_apart(output if buffers is None else output[0])
+            rows = len(batch[0])
+            strange = [list(tensor.shape) for tensor in tensors if tensor.shape[:2] != (E, rows)]
+            if strange or (forms and form != forms[0]):
+                raise ValueError(
+                    f"output: expected tensors [{E}, {rows}, ...], a row for each input, and the same besides them for "
+                    f"every batch, got the shapes {strange}; call forward for anything else"
+                )
+            parts.append(tensors)
+            forms.append(form)
+    return forms[0].rebuild(iter(torch.cat(each, 1) for each in zip(*parts, strict=True)))

@@ -1,0 +1,154 @@
+"""Memory for time: a computation whose intermediate values are not kept, but computed again in the backward pass.
+
+This is what `torch.utils.checkpoint` does (Chen et al. 2016, arXiv:1604.06174), in a form that `torch.func` can follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import vjp
+from torch.utils import _pytree as pytree
+
+from functorch_ens.anatomy import is_numeric
+from functorch_ens.rng import RandomState
+
+
+def recomputed(
+    function: Callable[[Any], tuple[Any, Any]], argument: Any, replay: Callable[[], AbstractContextManager[None]]
+) -> tuple[Any, Any]:
+    """`function(argument)`, pytrees of tensors; in a backward pass it is called again, within `replay()`.
+
+    It returns a pair; inside `torch.func.grad` the second of it is taken for constant. The second time it finds the
+    random state and autocast as they were the first time. Inside `torch.compile`, which plans the memory itself, and
+    for forward-mode derivatives, which have no backward pass, it is called as it is.
+    """
+    leaves, spec = pytree.tree_flatten(argument)
+    trained = [leaf.requires_grad for leaf in leaves]
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or not (torch.is_grad_enabled() and any(trained))
+    ):
+        return function(argument)
+    form: pytree.TreeSpec
+    constant: list[bool] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        nonlocal form, constant
+        result = function(pytree.tree_unflatten(list(tensors), spec))
+        outputs, form = pytree.tree_flatten(result)
+        first = len(pytree.tree_leaves(result[0]))
+        constant = [index >= first or not is_numeric(leaf) for index, leaf in enumerate(outputs)]
+        # An input that is also an output cannot be told apart from it by autograd.
+        return tuple(leaf.view_as(leaf) if any(leaf is x for x in tensors) else leaf for leaf in outputs)
+
+    def first_time(*tensors: Tensor) -> tuple[Tensor, ...]:
+        nonlocal constant
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return flat(*tensors)
+        with torch.enable_grad():  # to see what depends on what is trained
+            outputs = flat(*(x.detach().requires_grad_(needed) for x, needed in zip(tensors, trained, strict=True)))
+        constant = [not leaf.requires_grad for leaf in outputs]
+        return tuple(leaf.detach() for leaf in outputs)
+
+    surroundings = _surroundings(leaves)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with surroundings(), replay():
+            yield
+
+    outputs = _Recomputed.apply(first_time, flat, again, lambda: constant, *leaves)
+    return pytree.tree_unflatten(list(outputs), form)
+
+
+class _Recomputed(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(first_time: Callable[..., Any], flat: Any, again: Any, constant: Any, *tensors: Tensor) -> Any:
+        return first_time(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.flat, ctx.again, constant = inputs[:4]
+        ctx.constant = constant()
+        ctx.save_for_backward(*inputs[4:])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(leaf for leaf, fixed in zip(output, ctx.constant, strict=True) if fixed))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        tensors = [_below(tensor) for tensor in ctx.saved_tensors]
+        given = [
+            (index, _below(gradient))
+            for index, (gradient, fixed) in enumerate(zip(gradients, ctx.constant, strict=True))
+            if gradient is not None and not fixed
+        ]
+        wanted = [index for index, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
+        nothing: tuple[Any, ...] = (None,) * 4
+        if not given:
+            return *nothing, *(None for _ in tensors)
+
+        def compute(*some: Tensor) -> tuple[Tensor, ...]:
+            own = dict(zip(wanted, some, strict=True))
+            outputs = ctx.flat(*(own.get(index, tensor) for index, tensor in enumerate(tensors)))
+            return tuple(outputs[index] for index, _ in given)
+
+        some = [tensors[index] for index in wanted]
+        slopes = tuple(gradient for _, gradient in given)
+        if torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            with ctx.again():
+                pull: Any = vjp(compute, *some)[1]
+            found = pull(slopes)
+        else:  # works also for operations that torch.func cannot follow
+            with ctx.again(), torch.enable_grad():
+                leaves = [tensor.detach().requires_grad_() for tensor in some]
+                outputs = compute(*leaves)
+            found = torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
+        results = dict(zip(wanted, found, strict=True))
+        return *nothing, *(results.get(index) for index in range(len(tensors)))
+
+
+def _below(tensor: Tensor) -> Tensor:
+    """`tensor` without the innermost `torch.func.grad` around it.
+
+    That records its own backward pass, and would keep all that is computed in it. Nothing goes back through the record:
+    a second derivative is taken by the next `grad` outside.
+    """
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    if innermost is None or not torch._C._functorch.is_gradtrackingtensor(tensor):
+        return tensor
+    level = innermost.level()
+    of_it = torch._C._functorch.maybe_get_level(tensor) == level
+    return torch._C._functorch._unwrap_for_grad(tensor, level) if of_it else tensor
+
+
+def _surroundings(tensors: list[Tensor]) -> Callable[[], AbstractContextManager[None]]:
+    """The random state and the autocast of now, as a context to come back to."""
+    state = RandomState.of(tensors)
+    casts: dict[str, dict[str, Any]] = {
+        kind: {
+            "enabled": torch.is_autocast_enabled(kind),
+            "dtype": torch.get_autocast_dtype(kind),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        for kind in {tensor.device.type for tensor in tensors}
+    }
+
+    @contextmanager
+    def back() -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=list(state.cuda)))
+            for kind, options in casts.items():
+                stack.enter_context(torch.autocast(kind, **options))
+            state.restore()
+            yield
+
+    return back

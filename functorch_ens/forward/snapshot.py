@@ -1,0 +1,101 @@
+"""What a forward may leave behind on the modules of a model (caches, counters, lists), and how it is undone."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from functorch_ens.anatomy import INTERNAL, contents
+
+_REGISTRIES = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))
+
+
+# Older compilers cannot look through the `__dict__` of a module.
+TRACES_DICT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
+
+
+class Snapshot:
+    """The attributes of all modules of `model`, and the contents of the containers, objects and tensors they hold.
+
+    Everything is restored in place, so that what two modules share stays shared. Only objects whose ids are in `owned`
+    are looked at; parameters and buffers are left alone.
+    """
+
+    def __init__(self, model: nn.Module, owned: set[int]) -> None:
+        # Each with its attributes, and those of them that not every module has.
+        self._modules: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._lists: list[tuple[list[Any] | deque[Any], list[Any]]] = []
+        self._sets: list[tuple[set[Any], set[Any]]] = []
+        self._tensors: list[tuple[Tensor, Tensor, int]] = []
+        owned = owned - {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        for module in model.modules():
+            attributes = {name: value for name, value in vars(module).items() if name != "training"}
+            own = {name: value for name, value in attributes.items() if name not in INTERNAL}
+            self._modules.append((module, attributes, own))
+            for name, value in attributes.items():
+                if name in _REGISTRIES or name in own:
+                    self._remember(value, owned)
+
+    def _remember(self, value: Any, owned: set[int]) -> None:
+        if id(value) not in owned or isinstance(value, nn.Module):
+            return
+        owned.discard(id(value))
+        if isinstance(value, Tensor):
+            self._tensors.append((value, value.detach().clone(), value._version))
+        elif isinstance(value, dict):
+            self._dicts.append((value, dict(value)))
+        elif isinstance(value, list | deque):
+            self._lists.append((value, list(value)))
+        elif isinstance(value, set):
+            self._sets.append((value, set(value)))
+        elif hasattr(value, "__dict__"):
+            self._dicts.append((vars(value), dict(vars(value))))
+        for item in contents(value):
+            self._remember(item, owned)
+
+    def restore(self) -> None:
+        """Undo every change since the snapshot; `torch.compile` can trace it."""
+        for now, before in self._dicts:
+            if len(now) != len(before) or any(key not in now or now[key] is not before[key] for key in before):
+                now.clear()
+                now.update(before)
+        for items, saved in self._lists:
+            if len(items) != len(saved) or any(a is not b for a, b in zip(items, saved, strict=True)):
+                items.clear()
+                items.extend(saved)
+        for members, kept in self._sets:
+            if members != kept:
+                members.clear()
+                members.update(kept)
+        if not torch.compiler.is_compiling():  # which cannot read a version
+            for tensor, value, version in self._tensors:
+                if tensor._version != version:
+                    _write(tensor, value)
+        compiling = torch.compiler.is_compiling()
+        if compiling and not TRACES_DICT:
+            self._reassign()
+            return
+        for module, attributes, own in self._modules:
+            state = module.__dict__
+            for name, value in (own if compiling else attributes).items():
+                if name not in state or state[name] is not value:
+                    setattr(module, name, value)
+            if len(state) > len(attributes) + 1:  # with `training`
+                for name in [name for name in state if name not in attributes and name != "training"]:
+                    delattr(module, name)
+
+    def _reassign(self) -> None:
+        """Undo assignments to the attributes that were there; new ones stay."""
+        for module, _, own in self._modules:
+            for name, value in own.items():
+                if getattr(module, name) is not value:
+                    setattr(module, name, value)
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    with torch._C._DisableFuncTorch(), torch.no_grad():  # the tensor itself, not what vmap or grad make of it
+        tensor.copy_(value)

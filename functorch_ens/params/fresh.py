@@ -1,0 +1,101 @@
+"""Fresh weights for every member, drawn from one generator, with the global random state left as it was."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from functorch_ens.anatomy import copy_structure, is_numeric
+from functorch_ens.checks import check_keys
+from functorch_ens.rng import MAX_SEED, seeded
+
+
+def fresh_members(
+    model: nn.Module,
+    copies: Mapping[str, int],
+    factory: Callable[[], nn.Module] | None,
+    generator: torch.Generator,
+    stacklevel: int,
+) -> dict[str, Tensor]:
+    """Independently initialised parameters, `{name: [copies[name], ...]}`, with the model's dtypes, on its device.
+
+    Each member comes from `factory()`, or where that is None from every module's own `reset_parameters`; what no reset
+    writes to is copied from the model, with one warning that names it.
+    """
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    stacks = {name: own[name].new_empty(count, *own[name].shape) for name, count in copies.items()}
+    draw = _resetter(model, own) if factory is None else partial(_made_by, factory, own)
+    copied: set[str] = set()
+    for index, seed in enumerate(
+        torch.randint(MAX_SEED, (max(copies.values()),), generator=generator, device="cpu").tolist()
+    ):
+        with seeded(seed), torch.no_grad():
+            drawn, untouched = draw()
+        copied |= untouched
+        for name, stack in stacks.items():
+            if index < len(stack):
+                stack[index] = drawn[name]
+    if not copied.isdisjoint(copies):
+        warnings.warn(
+            f"no reset_parameters initialises {[name for name in copies if name in copied]}: every member starts from "
+            "the model's own values there; for a fresh start give a factory: reset=lambda: MyModel()",
+            stacklevel=stacklevel,
+        )
+    return stacks
+
+
+Drawn = tuple[dict[str, Tensor], set[str]]
+"""One member's parameters, and the names of those that no reset initialises."""
+
+
+def _resetter(model: nn.Module, own: dict[str, Tensor]) -> Callable[[], Drawn]:
+    """A function that draws one member by the `reset_parameters` of a copy of `model` on the CPU.
+
+    Values that no reset writes to are those in `own`.
+    """
+    blank = copy_structure(model, lambda p: p.cpu().clone(), lambda buffer: buffer.detach().cpu().clone())
+    parameters = {name: parameter.detach() for name, parameter in zip(own, blank.parameters(), strict=True)}
+    # Inner modules first, as constructors run; torch's own MultiheadAttention and Transformer have theirs underscored.
+    resets = [
+        getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        for module in reversed(list(blank.modules()))
+        if not any(parameter.is_quantized for parameter in module.parameters(recurse=False))
+    ]
+
+    def draw() -> Drawn:
+        untouched = set()
+        for parameter in parameters.values():
+            if is_numeric(parameter):
+                parameter.fill_(math.nan)  # what is still NaN after the resets has not been written to
+        for reset in resets:
+            if reset is not None:
+                reset()
+        for name, parameter in parameters.items():
+            if is_numeric(parameter) and (unset := parameter.isnan()).any():
+                untouched.add(name)
+                parameter.copy_(torch.where(unset, own[name].cpu(), parameter))
+        return parameters, untouched
+
+    return draw
+
+
+def _made_by(factory: Callable[[], nn.Module], own: dict[str, Tensor]) -> Drawn:
+    """One member's parameters, from a module that `factory` makes; ValueError where it is not like the model."""
+    module = factory()
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"reset: expected a factory that returns a torch.nn.Module, it returned {module!r}")
+    made = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    check_keys(made, own, "reset: the factory's module")
+    wrong = [
+        f"{name}: {list(own[name].shape)} != {list(made[name].shape)}"
+        for name in own
+        if own[name].shape != made[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"reset: the shapes of the factory's module are not the model's: {'; '.join(wrong)}")
+    return made, set()

@@ -1,0 +1,1 @@
+"""Steps and epochs of training: gradients, updates, losses, batches, early stopping, checkpoints."""

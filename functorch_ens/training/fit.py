@@ -1,0 +1,335 @@
+"""Training over epochs: progress, evaluation, early stopping, and a run that goes on after an interruption."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm import tqdm
+
+from functorch_ens.checks import check_generator, check_option, check_positive_int, shown
+from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.rng import RandomState
+from functorch_ens.training.checkpoint import load_checkpoint, save_checkpoint
+from functorch_ens.training.step import TrainStep
+from functorch_ens.training.stopping import Patience
+
+log = logging.getLogger(__name__)
+
+Batches = Iterable[Any] | Callable[[torch.Generator], Iterable[Any]]
+
+
+class Fitted(NamedTuple):
+    """What `fit` returns: trained parameters, and what happened on the way."""
+
+    params: EnsembleParams
+    """Those that it was given, trained."""
+    buffers: dict[str, Tensor] | None
+    """The new ones, `{name: [E, ...]}`; None where none were given."""
+    history: dict[str, Tensor]
+    """By epoch: `"loss"` `[epochs, E]`, the mean over its steps, and what `evaluate` returned, `[epochs, ...]`."""
+    stopped: dict[int, str]
+    """The members that stopped before the end, and why."""
+
+
+def fit(
+    step: TrainStep,
+    params: EnsembleParams,
+    batches: Batches,
+    *,
+    epochs: int,
+    buffers: Mapping[str, Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    scheduler: Any = None,
+    schedule_by: str = "epoch",
+    evaluate: Callable[[EnsembleParams, dict[str, Tensor] | None], Mapping[str, Any]] | None = None,
+    monitor: str | None = None,
+    patience: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Fitted:
+    """Train all members for `epochs`, in the mode (`model.train()`) that the model is in.
+
+    >>> import torch, functorch_ens as fe
+    >>> _ = torch.manual_seed(0)
+    >>> model, x = torch.nn.Linear(3, 1), torch.randn(64, 3)
+    >>> y, params = x.sum(-1, keepdim=True), fe.ensemble_params(model, E=5)
+    >>> step = fe.make_train_step(
+    ...     fe.make_forward(model),
+    ...     torch.nn.functional.mse_loss,
+    ...     torch.optim.Adam(fe.param_groups(params, lr=0.1)),
+    ...     prepare=lambda i: (x[i], y[i]),
+    ...     compile=False,
+    ... )
+    >>> fitted = fe.fit(step, params, lambda source: fe.index_batches(64, 16, generator=source), epochs=20)
+    >>> fitted.history["loss"].shape, bool((fitted.history["loss"][-1] < 0.1).all())
+    (torch.Size([20, 5]), True)
+
+    Args:
+        step: from `make_train_step`.
+        params: the parameters that its optimiser trains; they are updated in place, as torch.optim does it.
+        batches: what is gone through in an epoch, a `DataLoader` or any collection of batches; or a function of a
+            generator that makes it, for each epoch anew: `lambda source: index_batches(N, 32, generator=source)`. A
+            batch is what `step` takes after `params`: a tensor, or a tuple or list of them.
+        epochs: how many.
+        buffers: `ensemble_buffers`, for a model that has some.
+        generator: what `batches` gets; its state is kept in the checkpoint (give the one of a DataLoader here too).
+            None is a new one, seeded by torch's.
+        scheduler: of torch.optim.lr_scheduler, over the optimiser of `step`.
+        schedule_by: when the scheduler makes its step: after each `"epoch"`, or after each `"step"`.
+        evaluate: `evaluate(params, buffers)` after each epoch returns numbers or tensors by name, the same ones each
+            time. Use `predict`, which is in eval mode.
+        monitor: the name of a number, or of a tensor `[E]`, in what `evaluate` returns: less of it is better (of an
+            accuracy return `-accuracy`).
+        patience: stop a member when `monitor` has not been less for so many epochs. At the end every member is what it
+            was at its best. Members that share trained tensors stop together, by their mean.
+        checkpoint: a file that is written, whole, after each epoch. Where it is there already the run goes on from it:
+            to the result that it would have had without the interruption, down to the order of the data and to
+            dropout, as far as these draw from `generator` and from torch's global generators.
+        progress: show a bar with the loss of each member; None: at a terminal.
+
+    A member of a classic ensemble whose loss is nan or infinite is named in a warning, and stopped as it was before
+    that step; the others go on, untouched by it. (To see it, each step waits for the device; your own loop need not.)
+
+    Raises:
+        TypeError, ValueError: for an argument of the wrong kind, an epoch without batches, a checkpoint of another run;
+            as `step` does.
+        FloatingPointError: a loss is not finite, and all members share trained tensors, or all have failed so.
+    """
+    if not isinstance(step, TrainStep):
+        raise TypeError(f"step: expected a train step (from make_train_step), got {step!r}")
+    if not (callable(batches) or isinstance(batches, Iterable)):
+        raise TypeError(f"batches: expected an iterable, or a function of a generator, got {batches!r}")
+    check_positive_int(epochs, "epochs")
+    check_generator(generator)
+    check_option(schedule_by, ("epoch", "step"), "schedule_by")
+    if patience is not None:
+        check_positive_int(patience, "patience")
+    if scheduler is not None:
+        if not callable(getattr(scheduler, "step", None)):
+            raise TypeError(f"scheduler: expected one of torch.optim.lr_scheduler, got {scheduler!r}")
+        if getattr(scheduler, "optimizer", step.optimizer) is not step.optimizer:
+            raise ValueError(
+                f"scheduler: expected one over the optimizer of step, got {type(scheduler).__name__} of another"
+            )
+        if isinstance(scheduler, ReduceLROnPlateau) and schedule_by == "step":
+            raise ValueError('schedule_by: ReduceLROnPlateau looks at what is evaluated by "epoch", got "step"')
+    if monitor is None and (patience is not None or isinstance(scheduler, ReduceLROnPlateau)):
+        raise ValueError("monitor: expected the name of what is to become less, for patience or ReduceLROnPlateau")
+    if monitor is not None and evaluate is None:
+        raise ValueError(f"monitor: expected evaluate too, which returns {monitor!r}")
+    before = set(step.stopped)
+    run = _Run(step, params, buffers, generator, scheduler, patience)
+    file = None if checkpoint is None else Path(checkpoint)
+    try:
+        if file is not None and file.exists():
+            run.resume(file)
+            level = logging.INFO if run.epoch < epochs else logging.WARNING  # which is not what was asked for, perhaps
+            log.log(level, "%s: goes on after epoch %d of %d", file, run.epoch, epochs)
+        with tqdm(disable=None if progress is None else not progress, unit="step") as bar:
+            while run.epoch < epochs and len(run.stopped) < params.E:
+                run.one_epoch(batches, scheduler if schedule_by == "step" else None, bar, epochs)
+                run.evaluate(evaluate, monitor)
+                if schedule_by == "epoch":
+                    run.schedule(monitor)
+                if file is not None:
+                    save_checkpoint(run.state(), file)
+        return run.result()
+    finally:
+        step.stopped = before
+
+
+class _Run:
+    """A run of training, between two epochs: all that has to be kept to go on from here."""
+
+    def __init__(
+        self,
+        step: TrainStep,
+        params: EnsembleParams,
+        buffers: Mapping[str, Tensor] | None,
+        generator: torch.Generator | None,
+        scheduler: Any,
+        patience: int | None,
+    ) -> None:
+        self._step = step
+        self._params = params
+        self._buffers = None if buffers is None else dict(buffers)
+        self._generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        self._scheduler = scheduler
+        self._together = bool(step.trained(params).params.shared)
+        self._patience = None if patience is None else Patience(patience, params.E, self._together)
+        self._failed: set[int] = set()
+        self.epoch = 0
+        self.history: list[dict[str, Tensor]] = []
+        self.stopped: dict[int, str] = dict.fromkeys(sorted(step.stopped), "it was stopped before")
+
+    def one_epoch(self, batches: Batches, scheduler: Any, bar: Any, epochs: int) -> None:
+        """Go through the batches once."""
+        given: Any = batches(self._generator) if callable(batches) else batches
+        if bar.total is None and hasattr(given, "__len__"):
+            bar.total, bar.n = epochs * len(given), self.epoch * len(given)
+        total: Tensor | None = None
+        count = 0
+        for batch in given:
+            batch = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+            losses, new = self._step.run(self._params, batch, self._buffers, {}, partial(self._stop_failed, count))
+            self._buffers = None if self._buffers is None else new
+            losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+            total = losses.clone() if total is None else total + losses
+            count += 1
+            if scheduler is not None:
+                scheduler.step()
+            if bar.update():  # it was drawn: not at each step, for what it shows has to be waited for
+                self._show(bar, total / count, epochs)
+        if total is None:
+            raise ValueError(
+                f"batches: expected at least one batch in an epoch, got none in epoch {self.epoch + 1}; an iterator "
+                "lasts for one: give a collection, or a function that makes one"
+            )
+        self._show(bar, total / count, epochs)
+        self.history.append({"loss": (total / count).cpu()})
+        self.epoch += 1
+
+    def _show(self, bar: Any, losses: Tensor, epochs: int) -> None:
+        bar.set_description(f"epoch {self.epoch + 1} of {epochs}", refresh=False)
+        bar.set_postfix_str(f"loss {_shown(losses)}", refresh=False)
+
+    def _stop_failed(self, count: int, first: int, losses: Tensor) -> None:
+        """Stop members, from `first` on, whose loss is nan or infinite; FloatingPointError where no other can go on."""
+        finite = losses.isfinite()
+        if finite.all():
+            return
+        failed = [i for i, good in enumerate(finite.tolist(), first) if not good and i not in self.stopped]
+        if not failed:
+            return
+        where = f"its loss is not finite in epoch {self.epoch + 1}, step {count + 1}"
+        if self._together:
+            raise FloatingPointError(f"members {failed}: {where}; all members share trained tensors, so none can go on")
+        self._stop(failed, where)
+        self._failed.update(failed)
+        if len(self._failed) == self._params.E:
+            last = [member for member, why in self.stopped.items() if why == where]
+            raise FloatingPointError(f"members {last}: {where}; no member is left")
+        log.warning("members %s: %s; they are trained no more", failed, where)
+
+    def _stop(self, members: list[int], why: str) -> None:
+        new = [member for member in members if member not in self.stopped]
+        self.stopped.update(dict.fromkeys(new, why))
+        if not self._together:
+            self._step.stopped.update(new)
+
+    def evaluate(self, evaluate: Any, monitor: str | None) -> None:
+        """Add what `evaluate` finds to the history, and let early stopping look at what it monitors."""
+        results: dict[str, Tensor] = {}
+        if evaluate is not None:
+            with torch.no_grad(), self._step.forward.mode():
+                found = evaluate(self._params, self._buffers)
+            if not isinstance(found, Mapping) or "loss" in found:
+                raise ValueError(f'evaluate: expected a dict of results, "loss" not among them, got {shown(found)}')
+            results = {name: torch.as_tensor(value).detach().cpu() for name, value in found.items()}
+        self.history[-1].update(results)
+        now, first = ({name: list(value.shape) for name, value in self.history[i].items()} for i in (-1, 0))
+        if now != first:
+            raise ValueError(f"evaluate: expected the results of the epochs before, {first}, got {now}")
+        if monitor is None:
+            return
+        E, value = self._params.E, results.get(monitor)
+        if value is None or value.shape not in ((), (E,)):
+            raise ValueError(f"monitor: expected {monitor!r}, a number or [{E}], in what evaluate returns, got {now}")
+        if self._patience is not None:
+            late = self._patience.look(value.expand(E), self._params, self._buffers)
+            self._stop(late, f"no better {monitor} after epoch {self.epoch - self._patience.epochs}")
+
+    def schedule(self, monitor: str | None) -> None:
+        """The scheduler's step after an epoch."""
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            value = self.history[-1][str(monitor)].double().expand(self._params.E)
+            trained = [i for i in range(self._params.E) if i not in self.stopped]
+            if trained:
+                self._scheduler.step(value[trained].mean())
+        elif self._scheduler is not None:
+            self._scheduler.step()
+
+    def result(self) -> Fitted:
+        buffers = self._buffers and {name: buffer.clone() for name, buffer in self._buffers.items()}
+        if self._patience is not None:
+            kept = self._patience.put_back(self._params)
+            buffers = None if buffers is None else kept
+        history = {name: torch.stack([row[name] for row in self.history]) for name in self.history[0]}
+        return Fitted(self._params, buffers, history, self.stopped)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "params": self._params,
+            "buffers": self._buffers,
+            "optimizer": self._step.optimizer.state_dict(),
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "generator": self._generator.get_state(),
+            "random": tuple(RandomState.of(self._params)),
+            "history": self.history,
+            "patience": None if self._patience is None else self._patience.state_dict(),
+            "stopped": self.stopped,
+            "failed": sorted(self._failed),
+            "kinds": self._kinds(),
+        }
+
+    def _kinds(self) -> dict[str, str]:
+        """What must be the same for the state of one run to be that of another."""
+        parts = {"optimizer": self._step.optimizer, "scheduler": self._scheduler, "patience": self._patience}
+        tensors = {**self._params.shared, **self._params.stacked, **(self._buffers or {})}
+        shapes = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+        return {**{name: type(part).__name__ for name, part in parts.items()}, **shapes}
+
+    def resume(self, file: Path) -> None:
+        """Become the run that was written to `file`."""
+        try:
+            state = load_checkpoint(file, device="cpu")
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {error}") from error
+        missing = self.state().keys() - state.keys()
+        if missing:
+            raise ValueError(f"checkpoint: {os.fspath(file)!r} is not one that fit wrote: it has no {sorted(missing)}")
+        here, there = self._kinds(), state["kinds"]
+        differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        if differ:
+            name = differ[0]
+            raise ValueError(
+                f"checkpoint: {os.fspath(file)!r} is of another run: {name} is {there.get(name)} there, and "
+                f"{here.get(name)} here; give another file, or remove this one"
+            )
+        try:  # first, for it says where its groups differ
+            self._step.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {os.fspath(file)!r} is of another optimizer: {error}") from error
+        self.epoch, self.history = state["epoch"], state["history"]
+        with torch.no_grad():
+            for mine, theirs in zip(self._params, state["params"], strict=True):
+                for name, tensor in mine.items():
+                    tensor.copy_(theirs[name])
+        if self._buffers is not None:
+            self._buffers = {name: state["buffers"][name].to(own.device) for name, own in self._buffers.items()}
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        if self._patience is not None:
+            self._patience.load_state_dict(state["patience"], self._params, self._buffers or {})
+        self._generator.set_state(state["generator"])
+        RandomState(*state["random"]).restore()
+        self._failed = set(state["failed"])
+        for member, why in state["stopped"].items():
+            self._stop([member], why)
+
+
+def _shown(losses: Tensor) -> str:
+    """The losses of a few members, or the range of many."""
+    values = losses.tolist()
+    if len(values) <= 8:
+        return " ".join(f"{value:.3f}" for value in values)
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"

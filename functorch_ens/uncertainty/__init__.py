@@ -1,0 +1,1 @@
+"""What the members say together, and how far to trust it."""

@@ -1,0 +1,118 @@
+"""What the outputs of an ensemble, and labels for them, must be like; each check raises where they enter."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_logits(logits: Tensor) -> Tensor:
+    """The members' `logits`, `[E, ..., C]`, half precision as float32.
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: a rank below 3; no member or input, or fewer than 2 classes; NaN, +inf, or an input whose classes
+            all have -inf. Values are not looked at where they cannot be: within torch.compile and under vmap.
+    """
+    check_floating(logits, "logits")
+    shape = list(logits.shape)
+    if logits.ndim < 3:
+        raise ValueError(
+            f"logits: expected members first, [E, B, C]; one network's are logits[None]; got shape {shape}"
+        )
+    if 0 in shape:
+        raise ValueError(f"logits: expected [E, B, C] with at least one member and one input, got shape {shape}")
+    if shape[-1] == 1:
+        raise ValueError(
+            f"logits: expected at least 2 classes on the last axis, got shape {shape}; where z is the one logit of a "
+            "sigmoid, give torch.cat([torch.zeros_like(z), z], -1)"
+        )
+    if shows_values(logits):
+        highest = logits.detach().amax(-1)  # the one number that shows all three
+        if not bool(highest.isfinite().all()):
+            kinds = {"nan": highest.isnan(), "inf": highest == math.inf, "-inf for all classes": highest == -math.inf}
+            found = [f"{kind} in the members {_members(where)}" for kind, where in kinds.items() if bool(where.any())]
+            raise ValueError(f"logits: expected numbers, or -inf for a class that is ruled out, got {', '.join(found)}")
+    return _at_least_float32(logits)
+
+
+def check_regression(outputs: Tensor, *, means_alone: bool) -> Tensor:
+    """`outputs` as regression ensembles give them: `[E, B, 2]`, or `[E, B]` too where `means_alone` are taken.
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: another shape, no member or input, or, where values can be seen, NaN or inf.
+    """
+    check_floating(outputs, "outputs")
+    shape = list(outputs.shape)
+    expected = "[E, B, 2], a mean and a log variance" + means_alone * ", or [E, B], means alone"
+    if not ((outputs.ndim == 3 and shape[-1] == 2) or (means_alone and outputs.ndim == 2)) or 0 in shape:
+        raise ValueError(f"outputs: expected {expected}, with at least one member and one input, got shape {shape}")
+    if shows_values(outputs):
+        strange = ~outputs.detach().isfinite()
+        if bool(strange.any()):
+            raise ValueError(f"outputs: expected finite numbers, got others in the members {_members(strange)}")
+    return _at_least_float32(outputs)
+
+
+def check_floating(tensor: Tensor, argument: str) -> None:
+    """TypeError where `tensor` is not a floating tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{argument}: expected a floating tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{argument}: expected a floating tensor, got one of {tensor.dtype}")
+
+
+def shows_values(tensor: Tensor) -> bool:
+    """Whether Python can look at the values of `tensor`: not within torch.compile, under vmap or on the meta device."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)  # a vmap may be below grad's wrapper
+    return True
+
+
+def check_labels(y: Tensor, logits: Tensor) -> Tensor:
+    """`y` as int64, one class for every input of `logits`.
+
+    Raises:
+        TypeError: not a tensor of integers.
+        ValueError: one label too many or too few, or, where values can be seen, one that is no class.
+    """
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y: expected a tensor of classes, got {type(y).__name__}")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"y: expected classes of an integer dtype, got {y.dtype}")
+    if y.shape != logits.shape[1:-1]:
+        raise ValueError(
+            f"y: expected one class for each input of logits {list(logits.shape)}, a tensor of shape "
+            f"{list(logits.shape[1:-1])}, got {list(y.shape)}"
+        )
+    if y.device != logits.device:
+        raise ValueError(f"y: expected the device of the logits, {logits.device}, got {y.device}")
+    y, C = y.long(), logits.shape[-1]
+    if shows_values(y):
+        low, high = y.min().item(), y.max().item()
+        if low < 0 or high >= C:
+            raise ValueError(f"y: expected classes from 0 to {C - 1}, of {C}, got {low if low < 0 else high}")
+    return y
+
+
+def of_label(values: Tensor, y: Tensor) -> Tensor:
+    """From each row of `values`, `[..., C]`, the one at the label, `[...]`."""
+    return values.gather(-1, y[..., None])[..., 0]
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _members(where: Tensor) -> list[int]:
+    """The members, on axis 0, of which `where` is true anywhere."""
+    found: list[int] = where.flatten(1).any(1).nonzero().flatten().tolist()
+    return found

@@ -1,0 +1,73 @@
+"""describe: what is shared, what is stacked, which rule computes it, and the sums."""
+
+from __future__ import annotations
+
+import pytest
+from cases import MODELS, model_case
+from torch import Tensor, nn
+from zoo import Tied
+
+import functorch_ens as fe
+from functorch_ens.layers.registry import Rank1
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["classic", "BatchEnsemble"])
+def test_the_sums_are_those_of_the_tensors(name: str, kind: str) -> None:
+    model = model_case(name).model
+    params = fe.batchensemble_params(model, 3) if kind == "BatchEnsemble" else fe.ensemble_params(model, 3, reset=False)
+    found = fe.describe(model, params)
+    tensors = [*params.shared.values(), *params.stacked.values()]
+    assert found.parameters == sum(tensor.numel() for tensor in tensors)
+    assert found.bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert found.model_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert [row.module + "." * bool(row.module) + row.name for row in found.rows] == [
+        n for n, _ in model.named_parameters()
+    ]
+    assert {row.rule for row in found.rows} <= ({"none"} if kind == "classic" else {"none", "fast", "fallback"})
+
+
+def test_the_rules_named_are_those_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight is multiplied out exactly where the table says "fallback"."""
+    multiplied: list[int] = []
+    own = Rank1.materialise
+
+    def materialise(self: Rank1) -> Tensor:
+        multiplied.append(1)
+        return own(self)
+
+    monkeypatch.setattr(Rank1, "materialise", materialise)
+    for name in MODELS:
+        case = model_case(name)
+        params = fe.batchensemble_params(case.model, 2)
+        rules = [row.rule for row in fe.describe(case.model, params).rows]
+        multiplied.clear()
+        fe.make_forward(case.model, strategy="loop")(params, *case.args)
+        reads_directly = name == "direct access"  # the table tells what the layer's own forward does
+        assert bool(multiplied) == ("fallback" in rules or reads_directly), name
+
+
+def test_it_reads_as_a_table() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4))
+    text = str(fe.describe(model, fe.batchensemble_params(model, 5, stacked="3.weight")))
+    lines = text.splitlines()
+    assert (
+        lines[0] == "Sequential, E = 5" and repr(fe.describe(model, fe.ensemble_params(model, 2))).count("stacked") == 6
+    )
+    table = [line for line in lines[1:-1] if not line.startswith("-")]
+    assert len({len(line) for line in table}) == 1, "columns do not line up"
+    cells = {tuple(line.split()[-6:]) for line in table}
+    assert any("fast" in row for row in cells) and "[8, 3, 3, 3]" in text and "shared + r, s" in text
+    assert "5 separate models" in text and "times the size of one model" in lines[-1]
+
+
+def test_a_tied_weight_is_listed_once() -> None:
+    model = Tied()
+    rows = fe.describe(model, fe.batchensemble_params(model, 2)).rows
+    assert [row.name for row in rows] == ["weight", "weight", "bias"]
+    assert rows[0].module == "embed" and rows[0].rule == "fallback" and rows[0].held == "shared + r, s"
+
+
+def test_params_of_another_model_are_an_error() -> None:
+    with pytest.raises(ValueError, match="params: Linear"):
+        fe.describe(nn.Linear(2, 2), fe.ensemble_params(nn.PReLU(2), 2, reset=False))
