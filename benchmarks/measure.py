@@ -42,12 +42,12 @@ def interleaved(calls: Mapping[str, Call], rounds: int, device: torch.device, se
     repeats = {}
     for name, call in calls.items():
         call()
-        repeats[name] = max(1, round(seconds / max(_time(call, 1, device), 1e-9)))
+        repeats[name] = max(1, round(seconds / max(seconds_of(call, 1, device), 1e-9)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             call()  # what the others left in the caches is theirs
-            times[name].append(_time(call, repeats[name], device))
+            times[name].append(seconds_of(call, repeats[name], device))
     return times
 
 
@@ -56,7 +56,8 @@ def ratio(times: list[float], others: list[float]) -> Spread:
     return Spread.of([mine / theirs for mine, theirs in zip(times, others, strict=True)])
 
 
-def _time(call: Call, repeats: int, device: torch.device) -> float:
+def seconds_of(call: Call, repeats: int, device: torch.device) -> float:
+    """The seconds that one call takes, as the mean of `repeats` calls; on a GPU by its own clock."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)

@@ -45,6 +45,7 @@ from measure import (
     peak_memory,
     positive,
     ratio,
+    seconds_of,
     write_json,
     write_whole,
 )
@@ -275,11 +276,11 @@ def _check(model: nn.Module, params: fe.EnsembleParams, x: Tensor) -> None:
 def measure(found: Mapping[str, Contender], rounds: int, setting: Setting) -> tuple[dict[str, Any], list[float]]:
     """Of each contender: seconds by phase, round by round, compilation, and the MB of what it keeps and uses.
 
-    Also the seconds of a large matrix product, in the rounds of the steps.
+    Also the rate of a large matrix product, in floating point operations a second, in the rounds of the steps.
     """
     device = setting.device
     calls: dict[str, dict[str, Call]] = {phase: {n: c.calls[phase] for n, c in found.items()} for phase in PHASES}
-    calls["step"]["matmul"] = matmul(setting)
+    calls["step"]["matmul"], work = matmul(setting)
     times = {phase: interleaved(calls[phase], rounds, device) for phase in PHASES}
     results = {
         name: {
@@ -291,7 +292,7 @@ def measure(found: Mapping[str, Contender], rounds: int, setting: Setting) -> tu
         }
         for name, contender in found.items()
     }
-    return results, times["step"]["matmul"]
+    return results, [work / seconds for seconds in times["step"]["matmul"]]
 
 
 def arithmetic(case: Case, E: int, B: int) -> int:
@@ -302,11 +303,20 @@ def arithmetic(case: Case, E: int, B: int) -> int:
     return counter.get_total_flops() * E * B // 2
 
 
-def matmul(setting: Setting) -> Call:
-    """The product of two large square matrices."""
-    size = MATMUL[setting.device.type]
-    a, b = torch.randn(2, size, size, device=setting.device, dtype=setting.dtype)
-    return lambda: a @ b
+def matmul(setting: Setting) -> tuple[Call, int]:
+    """The product of two large square matrices, and its arithmetic in floating point operations.
+
+    The matrices are smaller where this processor is slow in the precision: without kernels for bfloat16, a product of
+    the largest ones takes minutes.
+    """
+    largest = MATMUL[setting.device.type]
+    size = largest // 8
+    while True:
+        a, b = torch.randn(2, size, size, device=setting.device, dtype=setting.dtype)
+        call = partial(torch.matmul, a, b)
+        if size == largest or seconds_of(call, 1, setting.device) > 0.02:
+            return call, 2 * size**3
+        size *= 2
 
 
 def _key(case: str, precision: str) -> str:
@@ -514,8 +524,8 @@ def main(argv: list[str] | None = None) -> None:
         torch._dynamo.reset()
         case = CASES[name]
         E, B = args.members or case.E, args.batch_size or case.B
-        results[key], times = measure(contenders(case, E, B, settings[precision]), args.rounds, settings[precision])
-        work[key], rates[key] = arithmetic(case, E, B), 2 * MATMUL[args.device] ** 3 / Spread.of(times).median
+        results[key], rate = measure(contenders(case, E, B, settings[precision]), args.rounds, settings[precision])
+        work[key], rates[key] = arithmetic(case, E, B), Spread.of(rate).median
         with tqdm.external_write_mode():
             print(f"{key}: {case.title}, E = {E}, B = {B}\n\n{table(results[key])}\n", flush=True)
     print(f"{SHARES}\n\n{shares(results, work, rates)}\n")
