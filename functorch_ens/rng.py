@@ -1,4 +1,4 @@
-"""The state of torch's global random generators, as it is put back for a computation that is done again."""
+"""Everything that touches random state: seeds, and torch's global generators saved and put back."""
 
 from __future__ import annotations
 
@@ -8,35 +8,73 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from functorch_ens._torch import pytree
 
 MAX_SEED = 2**63 - 1
 
 
 class RandomState(NamedTuple):
-    """The states of the CPU's generator, and of those of CUDA devices."""
+    """The states of the CPU's global generator, and of those of CUDA devices."""
 
     cpu: Tensor
     cuda: dict[int, Tensor]
 
     @classmethod
     def of(cls, tensors: Any) -> RandomState:
-        """The state now, of the devices that a pytree of `tensors` is on."""
+        """The present state of the generators for the devices of a pytree of `tensors`."""
         devices = {leaf.device for leaf in pytree.tree_leaves(tensors)}
         cuda = sorted(device.index for device in devices if device.type == "cuda")
         return cls(torch.get_rng_state(), {index: torch.cuda.get_rng_state(index) for index in cuda})
 
     def restore(self) -> None:
-        """Make it the state again."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         for index, state in self.cuda.items():
             torch.cuda.set_rng_state(state, index)
 
     def equals(self, other: RandomState) -> bool:
-        """Whether no random numbers have been drawn between the two."""
+        """Whether no random numbers have been drawn between the two states."""
         return torch.equal(self.cpu, other.cpu) and all(
             torch.equal(state, other.cuda[index]) for index, state in self.cuda.items()
         )
+
+
+@contextmanager
+def drawing_from(source: RandomState | int) -> Iterator[None]:
+    """Inside, the global generators draw from `source`, a state or a seed; afterwards they are as they were before."""
+    if isinstance(source, RandomState):
+        cuda = list(source.cuda)
+    else:
+        cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda):
+        if isinstance(source, RandomState):
+            source.restore()
+        else:
+            torch.default_generator.manual_seed(source)
+            if cuda:
+                torch.cuda.manual_seed_all(source)
+        yield
+
+
+@contextmanager
+def repeatable(randomness: str, tensors: Any, *, last: bool) -> Iterator[None]:
+    """What vmap's `randomness` means for one of several parts of a computation, the `last` of them or not.
+
+    `"different"`: the next part draws other numbers. `"same"`: it draws the same ones again. `"error"`: RuntimeError
+    where this part draws any.
+    """
+    if randomness == "different":
+        yield
+        return
+    before = RandomState.of(tensors)
+    yield
+    if before.equals(RandomState.of(tensors)):
+        return
+    if randomness == "error":
+        raise RuntimeError('randomness="error": the model drew random numbers; "different" and "same" allow it')
+    if not last:
+        before.restore()
 
 
 def cpu_generator(generator: torch.Generator | None) -> torch.Generator:
@@ -47,14 +85,3 @@ def cpu_generator(generator: torch.Generator | None) -> torch.Generator:
     device = "cpu" if generator is None else generator.device
     seed = torch.randint(MAX_SEED, (), generator=generator, device=device)
     return torch.Generator().manual_seed(int(seed))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generators, and put them back as they were."""
-    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            torch.cuda.manual_seed_all(seed)
-        yield

@@ -1,17 +1,26 @@
-"""What a model is called with and what it returns, taken apart into tensors and put together again."""
+"""Pytrees of tensors: flatten arguments and outputs, rebuild them, and slice members out of stacked tensors."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-# What an output may hold besides tensors: values that are the same for every member.
+from functorch_ens._torch import pytree
+
+Tree = TypeVar("Tree")
+
+# Leaves that an output may hold besides tensors, because they are the same for every member.
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(...))
+
+
+def members(tree: Tree, rows: int | slice | list[int]) -> Tree:
+    """The members `rows` of every stacked tensor `[E, ...]` in `tree`: views for an int or a slice, else copies."""
+    sliced: Tree = pytree.tree_map(lambda stack: stack[rows], tree)
+    return sliced
 
 
 class _Fields(NamedTuple):
@@ -26,10 +35,10 @@ class Form(NamedTuple):
 
     spec: pytree.TreeSpec
     values: list[Any]
-    """The leaves: `...` stands for a tensor, `_Fields` for a dataclass; the others are as they are."""
+    """The leaves. `...` stands for a tensor and `_Fields` for a dataclass; all others are constants."""
 
     def rebuild(self, tensors: Iterator[Any]) -> Any:
-        """The pytree with the next of `tensors` in the place of each of its own."""
+        """The pytree, with the next of `tensors` in the place of each tensor."""
         leaves = []
         for value in self.values:
             if value is ...:
@@ -41,10 +50,20 @@ class Form(NamedTuple):
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-def take_apart(tree: Any, *, constants_only: bool = False) -> tuple[list[Tensor], Form]:
-    """The tensors in `tree`, any pytree that may hold dataclasses, and its form.
+class Static:
+    """A value that travels in a pytree without being a leaf, so that vmap and autograd pass it through unchanged."""
 
-    With `constants_only`, TypeError where it holds anything that is neither a tensor nor known to be constant.
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+pytree.register_pytree_node(Static, lambda static: ([], static.value), lambda _, value: Static(value))
+
+
+def take_apart(tree: Any, *, constants_only: bool = False) -> tuple[list[Tensor], Form]:
+    """Flatten `tree`, any pytree that may hold dataclasses, into its tensors and its form.
+
+    With `constants_only`, a leaf that is neither a tensor nor a known constant raises TypeError.
     """
     tensors: list[Tensor] = []
     leaves, spec = pytree.tree_flatten(tree)
@@ -70,7 +89,7 @@ def take_apart(tree: Any, *, constants_only: bool = False) -> tuple[list[Tensor]
 
 
 def _with_fields(cls: Any, values: dict[str, Any]) -> Any:
-    """A `cls` with these fields, made past its constructor: what that checks or derives is for one member's tensors."""
+    """A `cls` with these fields. Its constructor is not called, because that may check or derive from one member."""
     made = cls.__new__(cls)
     for name, value in values.items():
         object.__setattr__(made, name, value)  # also where the dataclass is frozen

@@ -1,24 +1,86 @@
-"""One call of an ensemble's forward: what a member computes in it, and how the members' results go together."""
+"""One call of a forward: its members, what one of them computes, and how their results are put together."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from functorch_ens import _torch
 from functorch_ens.forward.template import Template
 from functorch_ens.params.pytree import EnsembleParams
-from functorch_ens.trees import Form, take_apart
+from functorch_ens.trees import Form, Static, take_apart
 
 _LOCK = threading.RLock()
 
 
+class Members(NamedTuple):
+    """The tensors of some members, stacked `[k, ...]`; or of a single one, without the member axis."""
+
+    shared: dict[str, Tensor]
+    stacked: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    inputs: list[Tensor]
+    """With the member axis where the forward has `member_inputs`; else every member gets them whole."""
+
+    def split(self, size: int | None, member_inputs: bool) -> list[Members]:
+        """These members in parts of `size`; with None, each alone and without the member axis.
+
+        This is done by split and unbind, whose backward pass writes every gradient once. That of E indexings would add
+        up E gradients of full size.
+        """
+
+        def cut(tensor: Tensor) -> tuple[Tensor, ...]:
+            if size is None:  # the backward pass of unbind copies even a single member; that of squeeze does not
+                return tensor.unbind() if len(tensor) > 1 else (tensor.squeeze(0),)
+            return tensor.split(size)
+
+        stacked = {name: cut(tensor) for name, tensor in self.stacked.items()}
+        buffers = {name: cut(tensor) for name, tensor in self.buffers.items()}
+        count = len(next(iter(stacked.values())))
+        inputs = [cut(x) if member_inputs else (x,) * count for x in self.inputs]
+        return [
+            Members(
+                self.shared,
+                {name: parts[i] for name, parts in stacked.items()},
+                {name: parts[i] for name, parts in buffers.items()},
+                [parts[i] for parts in inputs],
+            )
+            for i in range(count)
+        ]
+
+
+class Returned(NamedTuple):
+    """What members return: stacked `[k, ...]`, or from a single one without the member axis."""
+
+    tensors: list[Any]
+    """The tensors in the output; a list of k tensors in the place of one whose shape differs between members."""
+    buffers: dict[str, Tensor]
+    """The new ones."""
+    static: Static
+    """The same for all members: the `Form` of the output, and the names of the model's own buffers that it updated."""
+
+
+def combined(parts: list[Returned], leaves: Callable[[list[Any]], Any], buffers: Callable[..., Tensor]) -> Returned:
+    """One `Returned` of several, whose output leaves are joined by `leaves` and whose buffers by `buffers`."""
+    forms = [part.static.value[0] for part in parts]
+    for form in forms[1:]:
+        if repr(form) != repr(forms[0]):  # repr, because a NaN is not equal to itself
+            raise TypeError(f"output: what is no tensor must be the same for all members, got {forms[0]} and {form}")
+    updated = sorted({name for part in parts for name in part.static.value[1]})
+    return Returned(
+        [leaves(list(leaf)) for leaf in zip(*(part.tensors for part in parts), strict=True)],
+        {name: buffers([part.buffers[name] for part in parts]) for name in parts[0].buffers},
+        Static((forms[0], updated)),
+    )
+
+
 class Call:
-    """One call of a forward: what a single member computes in it, and how the members' results go together."""
+    """One call of a forward. It is not changed by what its members compute."""
 
     def __init__(
         self,
@@ -30,61 +92,56 @@ class Call:
         kwargs: dict[str, Any],
         member_inputs: bool,
     ) -> None:
+        inputs, self._arguments = take_apart((args, kwargs))
+        if member_inputs:
+            check_member_axis(inputs, E)
         self.E = E
-        self.shared = params.shared
-        self.stacked = params.stacked
-        self.buffers = None if buffers is None else dict(buffers)
-        self.inputs, self._arguments = take_apart((args, kwargs))
+        self.members = Members(params.shared, params.stacked, {} if buffers is None else dict(buffers), inputs)
         self.member_inputs = member_inputs
         self.modes = template.modes()
         self._template = template
+        self._returns_buffers = buffers is not None
         self._own_buffers = template.own_buffers() if buffers is None else {}
         given = [] if torch.compiler.is_compiling() else [*params.shared.items(), *params.stacked.items()]
-        self._versions = [(name, tensor, tensor._version) for name, tensor in given]
-        if member_inputs:
-            check_member_axis(self.inputs, E)
-        self._form: Form | None = None  # of the output
-        self._lost: set[str] = set()  # the model's own buffers that it has updated
+        self._versions = [(name, tensor, _torch.version(tensor)) for name, tensor in given]
 
-    def member(
-        self, shared: dict[str, Tensor], stacked: dict[str, Tensor], buffers: dict[str, Tensor], inputs: list[Tensor]
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """One member's output, as a flat list of its tensors, and its new buffers."""
-        # A forward may write to its inputs and buffers in place: to copies, never to what was passed in.
-        args, kwargs = self._arguments.rebuild(iter([x.clone() for x in inputs]))
-        copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **buffers}.items()}
-        output, new = self._template({**shared, **stacked}, copies, args, kwargs)
-        if any(self.modes):  # torch.compile cannot read the version of what grad wraps, and sees only what is replaced
+    def member(self, one: Members) -> Returned:
+        """The output and the new buffers of one member."""
+        # A forward may write to its inputs and buffers in place, so it gets copies of them.
+        args, kwargs = self._arguments.rebuild(iter([x.clone() for x in one.inputs]))
+        copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **one.buffers}.items()}
+        output, new = self._template({**one.shared, **one.stacked}, copies, args, kwargs)
+        updated: list[str] = []
+        if any(self.modes):
+            # Dynamo cannot read the version counter of a tensor that grad wraps: it notices replaced buffers alone.
             versioned = not torch.compiler.is_compiling()
-            self._lost |= {
+            updated = [
                 name
                 for name in self._own_buffers
-                if new[name] is not copies[name] or (versioned and copies[name]._version)
-            }
-        values, form = take_apart(output, constants_only=True)
-        if self._form is not None and repr(self._form) != repr(form):  # repr: a NaN is not equal to itself
-            raise TypeError(f"output: what is no tensor must be the same for all members, got {self._form} and {form}")
-        self._form = form
-        return values, {name: new[name] for name in buffers}
+                if new[name] is not copies[name] or (versioned and _torch.version(copies[name]))
+            ]
+        tensors, form = take_apart(output, constants_only=True)
+        return Returned(tensors, {name: new[name] for name in one.buffers}, Static((form, updated)))
 
-    def result(self, tensors: list[Any], buffers: dict[str, Tensor]) -> Any:
-        """The output as the model gives it, from its stacked `tensors`; with the new buffers where they were given."""
-        if self._lost:
-            raise ValueError(update_lost(sorted(self._lost)))
-        assert self._form is not None
-        output = self._form.rebuild(iter(tensors))
-        return output if self.buffers is None else (output, buffers)
+    def result(self, returned: Returned) -> Any:
+        """The output as the model gives it; with the new buffers where buffers were given."""
+        form: Form
+        form, updated = returned.static.value
+        if updated:
+            raise ValueError(update_lost(updated))
+        output = form.rebuild(iter(returned.tensors))
+        return (output, returned.buffers) if self._returns_buffers else output
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """The template in the modes of this call, and for it alone: it holds the tensors that it is called with."""
+        """Inside, the template is in the modes of this call, and serves it alone: it holds one member's tensors."""
         with nullcontext() if torch.compiler.is_compiling() else _LOCK:
             self._template.follow(self.modes)
             yield
 
     def check_parameters(self) -> None:
         """ValueError, naming them, where the model has written to its parameters, and so to the caller's."""
-        written = [name for name, tensor, version in self._versions if tensor._version != version]
+        written = [name for name, tensor, version in self._versions if _torch.version(tensor) != version]
         if written:
             raise ValueError(
                 f"model: {self._template.kind} writes in place to its parameters {written}, which would change params; "
@@ -92,8 +149,8 @@ class Call:
             )
 
     def note(self) -> str:
-        """What a reader of the model's own error must know about the member axis."""
-        given = [list(x.shape) for x in self.inputs]
+        """A note for the model's own error: which inputs with which member axis it was called with."""
+        given = [list(x.shape) for x in self.members.inputs]
         axis = (
             f"with member_inputs=True member i of {self.E} gets [i] of every tensor input [E, B, ...]"
             if self.member_inputs
@@ -113,7 +170,7 @@ def check_member_axis(inputs: Iterable[Tensor], E: int) -> None:
 
 
 def update_lost(names: list[str]) -> str:
-    """What to say of buffers that a model has updated where nobody gets the new ones."""
+    """The message for buffers that the model updates although the caller did not ask for the new ones."""
     return (
         f"buffers: got None, but in training mode the model updates {names}; give buffers=ensemble_buffers(model, E) "
         "and keep the returned ones, or call model.eval()"

@@ -1,21 +1,21 @@
-"""`make_forward`: the forward of an ensemble as one pure function of its parameters."""
+"""`make_forward`: the forward of an ensemble, as one pure function of its parameters."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
+from functorch_ens import _torch
 from functorch_ens.anatomy import parameter_sites
 from functorch_ens.checks import check_bool, check_option, check_positive_int
 from functorch_ens.forward.call import Call, update_lost
-from functorch_ens.forward.run import Plan, run
+from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
+from functorch_ens.forward.run import run
 from functorch_ens.forward.template import Template
 from functorch_ens.layers.operators import SIDES
 from functorch_ens.params.fits import Expected
@@ -42,7 +42,7 @@ def make_forward(
     member_inputs: bool = False,
     rank1_side: str = "auto",
 ) -> Forward:
-    """Build the forward of an ensemble of `model`, a pure function of the ensemble's parameters.
+    """Build the forward of an ensemble of `model`: a pure function of the ensemble's parameters.
 
     >>> import torch, functorch_ens as fe
     >>> model = torch.nn.Linear(3, 2)
@@ -51,43 +51,24 @@ def make_forward(
     torch.Size([5, 7, 2])
 
     Args:
-        model: the network; it is only read. Its structure is read now, its training mode at each call. What is wrapped
-            by torch.compile is taken as it was written: compile the forward instead.
-        strategy: `"vmap"` computes all members at once; `"loop"` one after another, which works for any model; `"auto"`
-            takes vmap, or the loop where vmap cannot serve the model. The choice is logged, and is `forward.strategy`;
-            `forward.reason` says why.
-        chunk_size: how many members are computed at once, or gone through before the next ones; None is all. Also what
-            a backward pass keeps in memory is that of `chunk_size` members: the others' is computed again when it is
-            needed, for the time of one more forward. (Inside `torch.compile` nothing is computed again.)
-        randomness: `"different"` dropout for every member, the `"same"`, or `"error"` where anything is random.
-        member_inputs: False gives every input `[B, ...]` to each member. True: every tensor input is `[E, B, ...]`, and
-            member i gets `[i]`.
-        rank1_side: where a layer's `s` is multiplied in: on what enters it (`"activation"`), on its weight
-            (`"weight"`, which multiplies `W * (r s^T)` out), or, `"auto"`, on the input, unless that is the same for
-            all members and has more numbers than the weight. The results are equal up to rounding.
+        model: the network, which is only read: its structure now, its training mode at each call.
+        strategy: `"vmap"` computes all members at once, `"loop"` one after another; `"auto"` takes vmap, or the loop
+            where vmap cannot serve the model. The choice is logged, and is `forward.strategy` and `forward.reason`.
+        chunk_size: compute so many members at once; None is all. Backward recomputes each chunk, to save memory.
+        randomness: `"different"` random numbers (dropout) for every member, the `"same"`, or `"error"` where any are.
+        member_inputs: False gives every input `[B, ...]` to all members; True gives member i `[i]` of `[E, B, ...]`.
+        rank1_side: multiply `s` into a layer's input (`"activation"`), its `"weight"`, or (`"auto"`) the cheaper one.
 
     Returns:
-        `forward(params, *args, buffers=None, **kwargs)`, which calls the model with `args` and `kwargs`. Every tensor
-        in its output, any pytree or dataclass, has gained a leading member axis `[E, ...]`; one whose shape differs
-        between members (the boxes that a detector finds) has become a list of E tensors. With `buffers=`
-        (`ensemble_buffers`) it returns the output and the new buffers; without, it reads the model's own. Safe in
-        `torch.func` transforms and `torch.compile`.
+        `forward(params, *args, buffers=None, **kwargs)`. Every tensor in the model's output gains a leading axis E; one
+        whose shape differs between members becomes a list. With `buffers=` it returns `(output, new buffers)`.
 
     Raises:
-        TypeError, ValueError: here, for unknown options and for models whose parameters cannot be replaced; by
-            `forward`, where `params`, `buffers` or the member axis of an input do not fit the model, or where the model
-            would update buffers (BatchNorm in training mode) that were not given. The model's own errors come through,
-            with a note on the member axis.
-        RuntimeError: where `strategy="vmap"` cannot serve the model, naming the module and the operation (here where
-            the model shows it, else by `forward`); by `forward`, where `randomness="error"` and the model draws random
-            numbers.
-
-    `torch.utils.checkpoint` inside the model has no effect: `chunk_size` is what saves that memory. The gradients of
-    sparse embeddings are dense. Inside `torch.compile(fullgraph=True)` nothing can be tried: `"auto"` does not fall
-    back there (call once without, and the choice is made), an update in place of a buffer other than a norm's, or of a
-    tensor in a plain attribute, is not noticed, and the loop knows no `randomness` but `"different"`.
+        TypeError, ValueError: for unknown options, and for a model whose parameters cannot be replaced. `forward`
+            raises them where `params`, `buffers` or inputs do not fit, or where an update of buffers would be lost.
+        RuntimeError: vmap was asked for and cannot serve the model, or `randomness="error"` and the model draws.
     """
-    check_option(strategy, ("auto", "vmap", "loop"), "strategy")
+    check_option(strategy, STRATEGIES, "strategy")
     check_option(randomness, ("different", "same", "error"), "randomness")
     check_bool(member_inputs, "member_inputs")
     check_option(rank1_side, SIDES, "rank1_side")
@@ -99,12 +80,8 @@ def make_forward(
 class Forward:
     """What `make_forward` returns: call it as `forward(params, *args, buffers=None, **kwargs)`."""
 
-    strategy: str
-    """The strategy in use: `"vmap"` or `"loop"`."""
     reason: str
-    """Why that one."""
-    plan: Plan
-    """How the members are computed."""
+    """Why its plan is the one in use."""
     member_inputs: bool
     """Whether every tensor input has a leading member axis."""
 
@@ -119,24 +96,37 @@ class Forward:
     ) -> None:
         self._expected = Expected(model, parameter_sites(model))
         self._template = Template(model, rank1_side)
+        convolution = _torch.common_base(nn.Conv1d, nn.ConvTranspose1d)
+        norm = _torch.common_base(nn.BatchNorm1d, nn.InstanceNorm1d)
         self._convolutions = {
             f"{name}.weight" if name else "weight"
             for name, module in model.named_modules()
-            if isinstance(module, _ConvNd)
+            if isinstance(module, convolution)
         }
-        self._norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _NormBase)]
+        self._norms = [(name, module) for name, module in model.named_modules() if isinstance(module, norm)]
         self.member_inputs = member_inputs
-        self._may_switch = strategy == "auto"
+        self._is_free = strategy == "auto"
         obstacle = _obstacle(model)
-        if strategy == "vmap" and obstacle:
-            raise RuntimeError(f'strategy: got "vmap", but {obstacle}; strategy="loop" can')
-        if strategy == "auto":
-            chosen, reason = (
-                ("loop", obstacle) if obstacle else ("vmap", "nothing in the model is known to need the loop")
-            )
-        else:
-            chosen, reason = strategy, "it was asked for"
-        self._use(Plan(chosen, chunk_size, randomness), reason)
+        self._plans = plans_for(strategy, randomness, chunk_size, obstacle)
+        self._use(obstacle or self.plan.reason("") if self._is_free else "it was asked for", logging.INFO)
+
+    @property
+    def plan(self) -> Plan:
+        """How the members are computed."""
+        return self._plans[0]
+
+    @property
+    def strategy(self) -> str:
+        """The strategy in use: `"vmap"` or `"loop"`."""
+        return self.plan.strategy
+
+    @overload
+    def __call__(self, params: EnsembleParams, /, *args: Any, buffers: None = None, **kwargs: Any) -> Any: ...
+
+    @overload
+    def __call__(
+        self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor], **kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]: ...
 
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -146,7 +136,7 @@ class Forward:
         call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs)
         if torch.compiler.is_compiling():
             with call.replay():
-                return call.result(*run(call, self.compiled_plan(params)))
+                return call.result(run(call, self.compiled_plan(params)))
         with call.replay():
             try:
                 return self._compute(call)
@@ -154,7 +144,7 @@ class Forward:
                 call.check_parameters()
 
     def mode(self, *, training: bool | None = None) -> AbstractContextManager[None]:
-        """For a `with` block: the model in training mode, or in eval mode, or as it is; afterwards as it was before."""
+        """Inside, the model is in training or eval mode, or (None) as it is; afterwards it is as it was before."""
         return self._template.mode(training)
 
     def check(self, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> int:
@@ -167,52 +157,45 @@ class Forward:
         return E
 
     def compiled_plan(self, params: EnsembleParams) -> Plan:
-        """The plan inside torch.compile: there `"auto"` takes the loop for convolutions of each member's own on a CPU.
-
-        vmap makes one grouped convolution of them, which CPUs are slow at, and its norms more passes over memory.
-        """
-        if self._may_switch and self.strategy == "vmap":
+        """The plan inside torch.compile: `"auto"` may take another one for a member's own convolutions on a CPU."""
+        if self._is_free:
             stacks = [stack for name, stack in params.stacked.items() if name in self._convolutions]
             if stacks and stacks[0].device.type == "cpu":
-                return self.plan._replace(strategy="loop", owned=False)
+                return self.plan.for_own_convolutions()
         return self.plan
 
     def _compute(self, call: Call) -> Any:
-        """By the plan in use; where that is by vmap and fails, by the first other plan that works, and from then on."""
-        before = RandomState.of([*call.shared.values(), *call.stacked.values()])
-        try:
-            return call.result(*run(call, self.plan))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if self.strategy == "loop":
-                error.add_note(call.note())
-                raise
-            failure = error
-        where = f"{self._where(failure)}: {(str(failure).strip() or repr(failure)).splitlines()[0]}"
-        if not self.plan.owned:
-            owned = self.plan._replace(owned=True)
-            before.restore()
+        """The result by the first plan that works, which is then the plan in use."""
+        before = RandomState.of([*call.members.shared.values(), *call.members.stacked.values()])
+        failure: Exception | None = None
+        for index, plan in enumerate(self._plans):
+            if failure is not None:
+                before.restore()
             try:
-                result = call.result(*run(call, owned))
+                result = call.result(run(call, plan))
             except torch.OutOfMemoryError:
                 raise
-            except Exception:
-                pass
-            else:
-                self._use(owned, f"with new tensors made each member's own, for without that vmap failed in {where}")
-                return result
-        loop = self.plan._replace(strategy="loop", owned=False)
-        before.restore()
-        try:
-            result = call.result(*run(call, loop))
-        except Exception as error:  # then it is the model's own, which vmap words badly
-            error.add_note(call.note())
-            raise error from None
-        if not self._may_switch:
+            except Exception as error:
+                if index + 1 < len(self._plans):
+                    failure = failure or error
+                    continue
+                error.add_note(call.note())  # the loop has failed too, so the error is the model's own
+                if failure is not None:
+                    raise error from None
+                raise
+            if failure is not None:
+                self._settle(index, failure)
+            return result
+        raise AssertionError("the loop over plans returns or raises")
+
+    def _settle(self, index: int, failure: Exception) -> None:
+        """Use the plan at `index` from now on, because of what happened to the first one."""
+        where = f"{self._where(failure)}: {(str(failure).strip() or repr(failure)).splitlines()[0]}"
+        plan = self._plans[index]
+        if plan.probe:
             raise RuntimeError(f'vmap cannot serve {where}; strategy="loop" can') from failure
-        self._use(loop, f"vmap failed in {where}", logging.WARNING)
-        return result
+        self._plans = self._plans[index:]
+        self._use(plan.reason(where), plan.level)
 
     def _where(self, error: Exception) -> str:
         """The innermost module of the model that was at work when `error` was raised."""
@@ -225,12 +208,12 @@ class Forward:
             trace = trace.tb_next
         return found
 
-    def _use(self, plan: Plan, reason: str, level: int = logging.INFO) -> None:
-        self.plan, self.strategy, self.reason = plan, plan.strategy, reason
-        log.log(level, "%s: strategy %r: %s", self._template.kind, plan.strategy, reason)
+    def _use(self, reason: str, level: int) -> None:
+        self.reason = reason
+        log.log(level, "%s: strategy %r: %s", self._template.kind, self.strategy, reason)
 
     def _check_no_update(self) -> None:
-        """ValueError where a norm would update its running statistics, which nobody would then have."""
+        """ValueError where a norm would update its running statistics, and nobody would get the new ones."""
         updated = [name for name, norm in self._norms if norm.training and norm.running_mean is not None]
         if updated:
             raise ValueError(update_lost([f"{name}.running_mean" if name else "running_mean" for name in updated]))
@@ -243,6 +226,6 @@ def _obstacle(model: nn.Module) -> str | None:
         for kind, operation in _LOOP_ONLY.items():
             if isinstance(module, kind):
                 return f"{where} calls {operation}"
-        if module._backward_hooks or module._backward_pre_hooks:
+        if _torch.has_backward_hooks(module):
             return f"{where} has backward hooks, which vmap passes by"
     return None

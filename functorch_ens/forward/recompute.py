@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import vjp
-from torch.utils import _pytree as pytree
 
+from functorch_ens import _torch
+from functorch_ens._torch import pytree
 from functorch_ens.anatomy import is_numeric
-from functorch_ens.rng import RandomState
+from functorch_ens.rng import RandomState, drawing_from
 
 
 def recomputed(
@@ -30,11 +30,7 @@ def recomputed(
     """
     leaves, spec = pytree.tree_flatten(argument)
     trained = [leaf.requires_grad for leaf in leaves]
-    if (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or not (torch.is_grad_enabled() and any(trained))
-    ):
+    if torch.compiler.is_compiling() or _torch.in_forward_mode() or not (torch.is_grad_enabled() and any(trained)):
         return function(argument)
     form: pytree.TreeSpec
     constant: list[bool] = []
@@ -50,7 +46,7 @@ def recomputed(
 
     def first_time(*tensors: Tensor) -> tuple[Tensor, ...]:
         nonlocal constant
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if _torch.inside_transform():
             return flat(*tensors)
         with torch.enable_grad():  # to see what depends on what is trained
             outputs = flat(*(x.detach().requires_grad_(needed) for x, needed in zip(tensors, trained, strict=True)))
@@ -85,9 +81,11 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        tensors = [_below(tensor) for tensor in ctx.saved_tensors]
+        # Without the innermost grad: it would record this backward pass, and keep all that is computed in it.
+        # Nothing goes back through that record, because a second derivative is taken by the next grad outside.
+        tensors = [_torch.below_grad(tensor) for tensor in ctx.saved_tensors]
         given = [
-            (index, _below(gradient))
+            (index, _torch.below_grad(gradient))
             for index, (gradient, fixed) in enumerate(zip(gradients, ctx.constant, strict=True))
             if gradient is not None and not fixed
         ]
@@ -103,7 +101,7 @@ class _Recomputed(torch.autograd.Function):
 
         some = [tensors[index] for index in wanted]
         slopes = tuple(gradient for _, gradient in given)
-        if torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.is_grad_enabled() or _torch.inside_transform():
             with ctx.again():
                 pull: Any = vjp(compute, *some)[1]
             found = pull(slopes)
@@ -114,20 +112,6 @@ class _Recomputed(torch.autograd.Function):
             found = torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
         results = dict(zip(wanted, found, strict=True))
         return *nothing, *(results.get(index) for index in range(len(tensors)))
-
-
-def _below(tensor: Tensor) -> Tensor:
-    """`tensor` without the innermost `torch.func.grad` around it.
-
-    That records its own backward pass, and would keep all that is computed in it. Nothing goes back through the record:
-    a second derivative is taken by the next `grad` outside.
-    """
-    innermost = torch._C._functorch.peek_interpreter_stack()
-    if innermost is None or not torch._C._functorch.is_gradtrackingtensor(tensor):
-        return tensor
-    level = innermost.level()
-    of_it = torch._C._functorch.maybe_get_level(tensor) == level
-    return torch._C._functorch._unwrap_for_grad(tensor, level) if of_it else tensor
 
 
 def _surroundings(tensors: list[Tensor]) -> Callable[[], AbstractContextManager[None]]:
@@ -145,10 +129,9 @@ def _surroundings(tensors: list[Tensor]) -> Callable[[], AbstractContextManager[
     @contextmanager
     def back() -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices=list(state.cuda)))
+            stack.enter_context(drawing_from(state))
             for kind, options in casts.items():
                 stack.enter_context(torch.autocast(kind, **options))
-            state.restore()
             yield
 
     return back

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from functorch_ens import _torch
 from functorch_ens.anatomy import INTERNAL, contents
 
 _REGISTRIES = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))
@@ -45,7 +46,7 @@ class Snapshot:
             return
         owned.discard(id(value))
         if isinstance(value, Tensor):
-            self._tensors.append((value, value.detach().clone(), value._version))
+            self._tensors.append((value, value.detach().clone(), _torch.version(value)))
         elif isinstance(value, dict):
             self._dicts.append((value, dict(value)))
         elif isinstance(value, list | deque):
@@ -73,7 +74,7 @@ class Snapshot:
                 members.update(kept)
         if not torch.compiler.is_compiling():  # which cannot read a version
             for tensor, value, version in self._tensors:
-                if tensor._version != version:
+                if _torch.version(tensor) != version:
                     _write(tensor, value)
         compiling = torch.compiler.is_compiling()
         if compiling and not TRACES_DICT:
@@ -97,5 +98,5 @@ class Snapshot:
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
-    with torch._C._DisableFuncTorch(), torch.no_grad():  # the tensor itself, not what vmap or grad make of it
+    with _torch.outside_transforms(), torch.no_grad():  # the tensor itself, not what vmap or grad make of it
         tensor.copy_(value)

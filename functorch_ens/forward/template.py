@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import checkpoint
 
+from functorch_ens import _torch
 from functorch_ens.anatomy import (
     Site,
     buffer_sites,
@@ -66,7 +66,7 @@ class Template:
         """The output of one member with the parameters `tensors`, and what its `buffers`, written in place, became."""
         given = {alias: tensor for name, tensor in {**tensors, **buffers}.items() for alias in self._aliases[name]}
         try:
-            with nullcontext() if torch.compiler.is_compiling() else _without_checkpoints():
+            with nullcontext() if torch.compiler.is_compiling() else _torch.checkpoints_passed_over():
                 output = functional_call(self._module, given, args, kwargs, tie_weights=False)
         finally:
             self._pristine.restore()
@@ -75,7 +75,7 @@ class Template:
 
     def own_buffers(self) -> dict[str, Tensor]:
         """The model's own, as they are now."""
-        found = {name: places[0].module._buffers[places[0].leaf] for name, places in self._buffers.items()}
+        found = {name: _torch.buffers_of(places[0].module)[places[0].leaf] for name, places in self._buffers.items()}
         return {name: buffer for name, buffer in found.items() if buffer is not None}
 
     def modes(self) -> list[bool]:
@@ -104,44 +104,6 @@ class Template:
         return next((name for name, own in self._module.named_modules() if own is module), None)
 
 
-@contextmanager
-def _without_checkpoints() -> Iterator[None]:
-    """`torch.utils.checkpoint` just calls the function that it is given.
-
-    Its second call of it, in the backward pass, would need the tensors of a member that are here for this call alone;
-    and torch.func cannot follow it. `chunk_size` is what saves this memory.
-    """
-    own = {name: getattr(checkpoint, name) for name in _CHECKPOINTS}
-    for name, plain in _CHECKPOINTS.items():
-        setattr(checkpoint, name, plain)
-    try:
-        yield
-    finally:
-        for name, function in own.items():
-            setattr(checkpoint, name, function)
-
-
-def _no_hooks(*args: Any, **kwargs: Any) -> Iterator[None]:
-    yield  # checkpoint calls the function between the first and the second step
-
-
-class _NoRecompute:
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-_CHECKPOINTS: dict[str, Any] = {
-    name: plain
-    for name, plain in {
-        "_checkpoint_without_reentrant_generator": _no_hooks,  # torch 2.11
-        "_checkpoint_without_reentrant_generator_impl": _no_hooks,
-        "CheckpointFunction": _NoRecompute,
-    }.items()
-    if hasattr(checkpoint, name)
-}
-
-
 def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
@@ -163,7 +125,7 @@ def _aliases(
 def _install_rank1(layer: nn.Module, layouts: Mapping[str, Layout], rule: Rule | None, side: str) -> None:
     """Make the weights of `layer` named in `layouts` read their `r` and `s`, and its forward use its `rule`."""
     for leaf in layouts:
-        layer._parameters.update(dict.fromkeys(rank1_names(leaf)))
+        _torch.parameters_of(layer).update(dict.fromkeys(rank1_names(leaf)))
     kind: Any = type(layer)
     layer.__class__ = _rank1_class(kind, tuple(layouts.items()), rule, side)
 
@@ -175,7 +137,7 @@ def _rank1_class(cls: Any, layouts: tuple[tuple[str, Layout], ...], rule: Rule |
     def effective(leaf: str, layout: Layout) -> property:
         def read(self: nn.Module) -> Tensor | None:
             rank1 = _given(self, leaf, layout)
-            return self._parameters[leaf] if rank1 is None else rank1.materialise()
+            return _torch.parameters_of(self)[leaf] if rank1 is None else rank1.materialise()
 
         return property(read)
 

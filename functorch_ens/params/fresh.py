@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from functorch_ens.anatomy import copy_structure, is_numeric
 from functorch_ens.checks import check_keys
-from functorch_ens.rng import MAX_SEED, seeded
+from functorch_ens.rng import MAX_SEED, drawing_from
 
 
 def fresh_members(
@@ -34,7 +34,7 @@ def fresh_members(
     for index, seed in enumerate(
         torch.randint(MAX_SEED, (max(copies.values()),), generator=generator, device="cpu").tolist()
     ):
-        with seeded(seed), torch.no_grad():
+        with drawing_from(seed), torch.no_grad():
             drawn, untouched = draw()
         copied |= untouched
         for name, stack in stacks.items():

@@ -1,0 +1,193 @@
+"""Every private name of torch that eager code needs: one function each, with a fallback for a torch that lacks it.
+
+`PRIVATE` lists the names, which torch 2.11 to 2.14 all have, and the one feature that is lost without each. Neither the
+import nor any answer depends on them: a test deletes each name in a process of its own, and trains.
+
+Two things have no fallback, because `torch.func` itself rests on them: the module `torch.utils._pytree`, and the dicts
+in which every `nn.Module` registers its parameters, buffers and hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+__all__ = ["pytree"]
+
+_NO_CHECKS = "bad values in labels and logits are not reported"
+_MORE_MEMORY = "under torch.func.grad a chunk that is computed again keeps its intermediate values"
+_FEWER_MODELS = "under autograd only operations that torch.func can follow are computed again for a chunk"
+_WHOLE_UPDATES = "large members are updated all at once, not part by part"
+
+PRIVATE: dict[tuple[str, str], str] = {
+    ("torch._C._functorch", "is_batchedtensor"): f"eager products take no short cut for a shared input; {_NO_CHECKS}",
+    ("torch._C._functorch", "is_functorch_wrapped_tensor"): _NO_CHECKS,
+    ("torch._C._functorch", "get_unwrapped"): _NO_CHECKS,
+    ("torch._C._functorch", "peek_interpreter_stack"): f"{_FEWER_MODELS}; {_MORE_MEMORY}",
+    ("torch._C._functorch", "is_gradtrackingtensor"): _MORE_MEMORY,
+    ("torch._C._functorch", "maybe_get_level"): _MORE_MEMORY,
+    ("torch._C._functorch", "_unwrap_for_grad"): _MORE_MEMORY,
+    ("torch._C", "_DisableFuncTorch"): "a tensor that a model overwrites in its attributes may not be restored",
+    ("torch.autograd.forward_ad", "_current_level"): "a forward with chunk_size has no forward-mode derivative",
+    ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): "models that checkpoint (torch 2.11)",
+    ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator_impl"): "models that checkpoint",
+    ("torch.optim.optimizer", "_global_optimizer_pre_hooks"): _WHOLE_UPDATES,
+    ("torch.optim.optimizer", "_global_optimizer_post_hooks"): _WHOLE_UPDATES,
+    ("torch.nn.Conv1d", "_conv_forward"): "rank-1 convolutions multiply W * (r s^T) out",
+    ("torch.nn.Conv2d", "_conv_forward"): "rank-1 convolutions multiply W * (r s^T) out",
+    ("torch.nn.Conv3d", "_conv_forward"): "rank-1 convolutions multiply W * (r s^T) out",
+    ("torch.nn.ConvTranspose1d", "_output_padding"): "rank-1 transposed convolutions multiply W * (r s^T) out",
+    ("torch.nn.BatchNorm1d", "_check_input_dim"): "a BatchNorm without momentum does not check its input's axes",
+}
+"""`{(owner, name): what is lost without it}`."""
+
+
+def _private(owner: str, name: str) -> Any:
+    """The private `name` of a module or class of torch; None where this torch lacks it."""
+    assert (owner, name) in PRIVATE
+    return getattr(reduce(lambda value, part: getattr(value, part, None), owner.split(".")[1:], torch), name, None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Transforms of torch.func
+
+_is_batchedtensor = _private("torch._C._functorch", "is_batchedtensor")
+_is_wrapped = _private("torch._C._functorch", "is_functorch_wrapped_tensor")
+_get_unwrapped = _private("torch._C._functorch", "get_unwrapped")
+_peek = _private("torch._C._functorch", "peek_interpreter_stack")
+_is_gradtracking = _private("torch._C._functorch", "is_gradtrackingtensor")
+_level_of = _private("torch._C._functorch", "maybe_get_level")
+_unwrap_for_grad = _private("torch._C._functorch", "_unwrap_for_grad")
+_disable = _private("torch._C", "_DisableFuncTorch")
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether the outermost wrapper of `tensor` is that of vmap. Fallback: False."""
+    return _is_batchedtensor is not None and _is_batchedtensor(tensor)
+
+
+def is_under_vmap(tensor: Tensor) -> bool:
+    """Whether any wrapper of `tensor` is that of vmap, so that Python cannot read its values. Fallback: True."""
+    if _is_batchedtensor is None or _is_wrapped is None or _get_unwrapped is None:
+        return True
+    while _is_wrapped(tensor):
+        if _is_batchedtensor(tensor):
+            return True
+        tensor = _get_unwrapped(tensor)  # a vmap may be below grad's wrapper
+    return False
+
+
+def inside_transform() -> bool:
+    """Whether a transform of torch.func is in force. Fallback: True, and what torch.func cannot follow then fails."""
+    return _peek is None or _peek() is not None
+
+
+def below_grad(tensor: Tensor) -> Tensor:
+    """`tensor` without the innermost `torch.func.grad` around it, if that wraps it. Fallback: `tensor` itself."""
+    if _peek is None or _is_gradtracking is None or _level_of is None or _unwrap_for_grad is None:
+        return tensor
+    innermost = _peek()
+    if innermost is None or not _is_gradtracking(tensor) or _level_of(tensor) != innermost.level():
+        return tensor
+    return _unwrap_for_grad(tensor, innermost.level())
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """A context in which operations act on the tensors themselves, whatever transform is in force. Fallback: none."""
+    return nullcontext() if _disable is None else _disable()
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken. Fallback: False."""
+    level = _private("torch.autograd.forward_ad", "_current_level")
+    return level is not None and level >= 0
+
+
+def version(tensor: Tensor) -> int:
+    """The version counter of `tensor`, which every write in place raises. Fallback: 0, so that no write is noticed."""
+    found: int = getattr(tensor, "_version", 0)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The dict in which `module` registers its own parameters; a read through it passes properties of the class by."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dict in which `module` registers its own buffers."""
+    return module._buffers
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether backward hooks are registered on `module` itself."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """The module that `torch.compile` was given, where it returned `module`; None for any other module."""
+    return module._modules.get("_orig_mod") if "dynamo_ctx" in vars(module) else None
+
+
+def common_base(*classes: type[nn.Module]) -> type[nn.Module]:
+    """The nearest class that all `classes` inherit from: torch's own private bases, without their names."""
+    first, *others = classes
+    return next(base for base in first.__mro__ if all(issubclass(other, base) for other in others))
+
+
+@contextmanager
+def checkpoints_passed_over() -> Iterator[None]:
+    """Inside, `torch.utils.checkpoint` calls the function that it is given, and nothing more.
+
+    Its second call of that function, in the backward pass, would need one member's tensors, which the model holds for
+    one call alone; and torch.func cannot follow it.
+    """
+    checkpoint: Any = torch.utils.checkpoint
+    before = {name: getattr(checkpoint, name) for name in _CHECKPOINTS if hasattr(checkpoint, name)}
+    for name in before:
+        setattr(checkpoint, name, _CHECKPOINTS[name])
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(checkpoint, name, function)
+
+
+def _no_hooks(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield  # checkpoint calls the function between the first and the second step
+
+
+class _NoRecompute:
+    @staticmethod
+    def apply(function: Any, preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+_CHECKPOINTS: dict[str, Any] = {
+    "_checkpoint_without_reentrant_generator": _no_hooks,  # torch 2.11
+    "_checkpoint_without_reentrant_generator_impl": _no_hooks,
+    "CheckpointFunction": _NoRecompute,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Optimisers
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether any hook runs before or after `optimizer.step()`. Fallback: True."""
+    of_all = [_private("torch.optim.optimizer", f"_global_optimizer_{when}_hooks") for when in ("pre", "post")]
+    own = [getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
+    return any(hooks is None or len(hooks) > 0 for hooks in (*of_all, *own))

@@ -1,0 +1,166 @@
+"""The ways to compute the members of a call, as objects, and the order in which they are tried."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.overrides import TorchFunctionMode
+
+from functorch_ens.forward.call import Call, Members, Returned, combined
+from functorch_ens.rng import repeatable
+
+STRATEGIES = ("auto", "vmap", "loop")
+"""What `make_forward(strategy=...)` takes."""
+
+
+@dataclass(frozen=True)
+class Plan(ABC):
+    """One way to compute the members of a call."""
+
+    randomness: str
+    chunk_size: int | None
+    probe: bool = False
+    """Tried only to find out whether an error is the model's own; the caller's strategy forbids its result."""
+
+    strategy: ClassVar[str]
+    """What users call it: `"vmap"` or `"loop"`."""
+    level: ClassVar[int] = logging.INFO
+    """The level at which a change to this plan is logged."""
+
+    @abstractmethod
+    def compute(self, call: Call, members: Members) -> Returned:
+        """The outputs and new buffers of `members`, stacked."""
+
+    @abstractmethod
+    def reason(self, where: str) -> str:
+        """Why this plan is in use after vmap failed in `where`."""
+
+    def at_a_time(self, E: int) -> int:
+        """How many of E members are in memory together, where each can be computed without the others."""
+        return min(self.chunk_size or E, E)
+
+    def for_own_convolutions(self) -> Plan:
+        """The plan to compile where each member has convolutions of its own, on a CPU."""
+        return self
+
+
+class Vmap(Plan):
+    """All members at once, by `torch.func.vmap`."""
+
+    strategy = "vmap"
+
+    def compute(self, call: Call, members: Members) -> Returned:
+        return Returned(*vmap(self._one(call, members), randomness=self.randomness)(*_own(call, members)))
+
+    def reason(self, where: str) -> str:
+        return "nothing in the model is known to need the loop"
+
+    def for_own_convolutions(self) -> Plan:
+        # vmap makes them one grouped convolution, which is slow on CPUs, and their norms more passes over memory.
+        return Loop(self.randomness, self.chunk_size)
+
+    def _one(self, call: Call, members: Members) -> Callable[..., Any]:
+        """One member as a function of its own tensors alone: Dynamo traces flat arguments faster than pytrees."""
+        stacked, buffers = members.stacked, members.buffers
+
+        def member(*own: Tensor) -> Any:
+            rest = iter(own)
+            of_one = [dict(zip(stacks, rest, strict=False)) for stacks in (stacked, buffers)]
+            inputs = list(rest) if call.member_inputs else members.inputs
+            return tuple(call.member(Members(members.shared, of_one[0], of_one[1], inputs)))
+
+        return member
+
+
+class OwningVmap(Vmap):
+    """vmap, with every tensor that the model creates made batched from the start.
+
+    vmap takes a new tensor for one that all members share, and so refuses to write one member's values, or random
+    numbers that differ between members, into it.
+    """
+
+    def compute(self, call: Call, members: Members) -> Returned:
+        member, own = self._one(call, members), _own(call, members)
+
+        def owning(zero: Tensor, *own: Tensor) -> Any:
+            with _Batching(zero):
+                return member(*own)
+
+        zeros = torch.zeros(len(own[0]), device=own[0].device)
+        return Returned(*vmap(owning, randomness=self.randomness)(zeros, *own))
+
+    def reason(self, where: str) -> str:
+        return f"with new tensors made each member's own, for without that vmap failed in {where}"
+
+
+class Loop(Plan):
+    """One member after another: this works for any model."""
+
+    strategy = "loop"
+    level = logging.WARNING
+
+    def compute(self, call: Call, members: Members) -> Returned:
+        returned = []
+        singles = members.split(None, call.member_inputs)
+        for index, single in enumerate(singles):
+            with repeatable(self.randomness, single, last=index == len(singles) - 1):
+                returned.append(call.member(single))
+        return combined(returned, _stack, torch.stack)
+
+    def reason(self, where: str) -> str:
+        return f"vmap failed in {where}"
+
+    def at_a_time(self, E: int) -> int:
+        return 1
+
+
+def plans_for(strategy: str, randomness: str, chunk_size: int | None, obstacle: str | None) -> list[Plan]:
+    """The plans to try, in order. The last one is the loop, which works wherever the model itself does.
+
+    `obstacle` says what in the model vmap is known not to serve. RuntimeError where the strategy is vmap all the same.
+    """
+    if strategy == "vmap" and obstacle:
+        raise RuntimeError(f'strategy: got "vmap", but {obstacle}; strategy="loop" can')
+    loop = Loop(randomness, chunk_size, probe=strategy == "vmap")
+    if strategy == "loop" or obstacle:
+        return [loop]
+    return [Vmap(randomness, chunk_size), OwningVmap(randomness, chunk_size), loop]
+
+
+def _own(call: Call, members: Members) -> list[Tensor]:
+    """The stacked tensors of `members`, as one flat list."""
+    return [*members.stacked.values(), *members.buffers.values(), *(members.inputs if call.member_inputs else [])]
+
+
+def _stack(leaves: list[Tensor]) -> Any:
+    """One output of every member: `[k, ...]`, or a list where the members' shapes differ."""
+    return torch.stack(leaves) if len({leaf.shape for leaf in leaves}) == 1 else leaves
+
+
+_FACTORIES: frozenset[Callable[..., Any]] = frozenset(
+    getattr(torch, name + suffix) for name in ("empty", "zeros", "ones", "full") for suffix in ("", "_like")
+) | frozenset(getattr(Tensor, f"new_{name}") for name in ("empty", "zeros", "ones", "full"))
+
+
+class _Batching(TorchFunctionMode):
+    """Adds a batched zero to every new tensor, which makes it batched."""
+
+    def __init__(self, zero: Tensor) -> None:
+        super().__init__()
+        self._zero = zero
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func not in _FACTORIES:
+            return made
+        zero = self._zero.to(made.device)
+        return made | (zero != 0) if made.dtype == torch.bool else made + zero.to(made.dtype)
