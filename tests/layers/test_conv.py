@@ -20,8 +20,8 @@ KINDS = [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_layout_has_the_groups_and_the_direction(kind: Any) -> None:
-    layer = kind(4, 6, 1, groups=2)
-    assert isinstance(layer, CONVOLUTION) and not isinstance(nn.Linear(2, 2), CONVOLUTION)
+    layer: Any = kind(4, 6, 1, groups=2)
+    assert issubclass(kind, CONVOLUTION) and not isinstance(nn.Linear(2, 2), CONVOLUTION)
     assert layout_of(layer) == Layout(groups=2, transposed="Transpose" in kind.__name__)
     assert layout_of(layer).sizes(layer.weight) == (6, 4)
 
@@ -30,15 +30,13 @@ def test_the_layout_has_the_groups_and_the_direction(kind: Any) -> None:
 def test_a_convolution_derived_from_torchs_base_has_the_layout(transposed: bool) -> None:
     base: Any = (nn.ConvTranspose1d if transposed else nn.Conv1d).__mro__[1]
 
-    class Own(base):
-        def __init__(self) -> None:
-            super().__init__(4, 6, (2,), (1,), (0,), (1,), transposed, (0,), 2, True, "zeros")
+    def forward(self: Any, x: Tensor) -> Tensor:
+        compute = F.conv_transpose1d if transposed else F.conv1d
+        return compute(x, self.weight, self.bias, groups=self.groups)
 
-        def forward(self, x: Tensor) -> Tensor:
-            compute = F.conv_transpose1d if transposed else F.conv1d
-            return compute(x, self.weight, self.bias, groups=self.groups)
-
-    model, x = Own().double(), randn(3, 4, 5)
+    own: Any = type("Own", (base,), {"forward": forward})
+    model = own(4, 6, (2,), (1,), (0,), (1,), transposed, (0,), 2, True, "zeros").double()
+    x = randn(3, 4, 5)
     assert layout_of(model) == Layout(2, transposed)
     params = fe.batchensemble_params(model, 2)
     assert_same(fe.make_forward(model, strategy="vmap")(params, x), loop(model, params, x))

@@ -123,10 +123,10 @@ def test_a_users_rule_calls_the_operators_of_ours(
         params = fe.batchensemble_params(model, 3)
         fe.make_forward(model, strategy="vmap", rank1_side=side)(params, torch.randn(shape))
         found.append(list(called))
-    assert found[0] == found[1]
-    assert [call for call in found[0] if call[0] == "scaled"] == (
-        [] if side == "weight" else [("scaled", 1, False, side)]
-    )
+    expected = [] if side == "weight" else [("scaled", 1, False, side)]
+    assert all([call for call in each if call[0] == "scaled"] == expected for each in found)
+    if side != "weight":  # there the layer's own forward is called, with W * (r s^T) for its weight
+        assert found[0] == found[1]
 
 
 @given(case=fast_layers)
@@ -147,5 +147,5 @@ def test_scale_input_multiplies_s_in_on_either_side(case: Case) -> None:
 
 def test_an_input_of_other_channels_comes_back_as_it_is() -> None:
     weight = fe.Rank1(randn(4, 3), randn(4), randn(3))
-    for x in (randn(5, 1), randn(5, 2), randn(())):
+    for x in (randn(5, 1), randn(5, 2), randn()):
         assert weight.scale_input(x)[0] is x
