@@ -1,10 +1,11 @@
 """Ensembles of any PyTorch model, classic (deep) ones and BatchEnsemble, as pure functions of a parameter pytree."""
 
 from functorch_ens import metrics, plots
+from functorch_ens.anatomy import Layout, rank1_layout
 from functorch_ens.forward.forward import Forward, make_forward
 from functorch_ens.forward.predict import predict
-from functorch_ens.layers import rules as _rules  # noqa: F401  it puts the fast rules into the registry
-from functorch_ens.layers.registry import Layout, Rank1, rank1_layout, rank1_rule
+from functorch_ens.layers.registry import rank1_rule
+from functorch_ens.layers.weight import Rank1
 from functorch_ens.params.describe import Description, describe
 from functorch_ens.params.make import batchensemble_params, ensemble_buffers, ensemble_params
 from functorch_ens.params.pytree import EnsembleParams

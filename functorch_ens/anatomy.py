@@ -1,4 +1,8 @@
-"""What a model is made of: its parameters under every name they have, and copies of it without its tensors."""
+"""Everything that is known of a model before it is called, and copies of a model without its tensors.
+
+A public function makes one `Anatomy` of its model and hands it on. It includes the sizes of the rank-1 vectors `r` and
+`s`, which follow from the class of the layer: `rank1_layout` registers a `Layout` for each class.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,114 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import prod
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+# --------------------------------------------------------------------------------------------------------------------
+# The layout of a weight
+
+
+class Layout(NamedTuple):
+    """How the axes of a weight are read: axis 0 is the output and axis 1 the input, or the other way round.
+
+    A grouped layer splits axis 0 into `groups`. Each group has its own part of the other side.
+    """
+
+    groups: int = 1
+    transposed: bool = False  # axis 0 is the input
+
+    def sizes(self, weight: Tensor) -> tuple[int, int]:
+        """The lengths (out, in) of `r` and `s` for `weight`."""
+        first, second = weight.shape[0], weight.shape[1] * self.groups
+        return (second, first) if self.transposed else (first, second)
+
+    def multiplied(
+        self, weight: Tensor, *, r: Tensor | None = None, s: Tensor | None = None, spatial: int = 0
+    ) -> Tensor:
+        """`weight` times `r` along its output axis and `s` along its input axis, where they are given.
+
+        `spatial` axes follow the first two. Any of the tensors may have a leading member axis.
+        """
+        first, second = (s, r) if self.transposed else (r, s)
+        axes, ones = "".join(f" k{i}" for i in range(spatial)), " 1" * spatial
+        scales = []
+        if first is not None:
+            scales.append(rearrange(first, f"... (g a) -> ... g a 1{ones}", g=self.groups))
+        if second is not None:
+            scales.append(rearrange(second, f"... (g b) -> ... g 1 b{ones}", g=self.groups))
+        parts = rearrange(weight, f"... (g a) b{axes} -> ... g a b{axes}", g=self.groups)
+        return rearrange(parts * prod(scales), f"... g a b{axes} -> ... (g a) b{axes}")
+
+
+def rank1_names(name: str) -> tuple[str, str]:
+    """The names of the `r` and the `s` of the weight called `name`."""
+    return f"{name}_r", f"{name}_s"
+
+
+def is_numeric(tensor: Tensor) -> bool:
+    """Whether `tensor` can be trained: floating or complex, not integer, bool or quantised."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def can_be_rank1(parameter: Tensor) -> bool:
+    """Whether `parameter` has the two axes that `r` and `s` run over, and values to scale."""
+    return parameter.ndim >= 2 and is_numeric(parameter)
+
+
+_layouts: dict[type[nn.Module], Callable[[Any], Layout]] = {}  # the rows of layers/ fill it
+
+
+def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout]) -> None:
+    """Say how the weights of `layer_types` (and their subclasses) are laid out, as a function of the layer.
+
+    >>> import torch, functorch_ens as fe
+    >>> class Mix(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = torch.nn.Parameter(torch.randn(3, 4))
+    ...     def forward(self, x):
+    ...         return x @ self.weight  # axis 0 is the input
+    >>> fe.rank1_layout(Mix, layout=lambda layer: fe.Layout(transposed=True))
+    >>> params = fe.batchensemble_params(Mix(), E=2)
+    >>> {name: list(vector.shape) for name, vector in params.stacked.items()}
+    {'weight_r': [2, 4], 'weight_s': [2, 3]}
+
+    Raises:
+        TypeError: one of `layer_types` is not a module class.
+    """
+    check_layer_types(layer_types)
+    for layer_type in layer_types:
+        _layouts[layer_type] = layout
+
+
+def check_layer_types(layer_types: tuple[Any, ...]) -> None:
+    """TypeError where one of `layer_types` is not a class of modules."""
+    for layer_type in layer_types:
+        if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
+            raise TypeError(f"layer_types: expected subclasses of torch.nn.Module, got {layer_type!r}")
+
+
+def has_layout(layer: nn.Module) -> bool:
+    """Whether a layout is registered for the class of `layer` or for one of its bases."""
+    return isinstance(layer, tuple(_layouts))
+
+
+def layout_of(layer: nn.Module) -> Layout:
+    """The layout of the weights of `layer`: the nearest registered class decides; else output first, then input."""
+    for layer_type in type(layer).__mro__:
+        if layer_type in _layouts:
+            return _layouts[layer_type](layer)
+    return Layout()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The anatomy of a model
 
 
 class Site(NamedTuple):
@@ -23,54 +129,90 @@ class Site(NamedTuple):
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What is registered there, where it is a parameter."""
-        parameter = self.module._parameters[self.leaf]  # not getattr: a template computes some of them
+        """The parameter registered there. Not by getattr: a template computes some of its weights in properties."""
+        parameter = self.module._parameters[self.leaf]
         assert parameter is not None
         return parameter
 
+    @property
+    def buffer(self) -> Tensor | None:
+        """The buffer registered there now; a forward may have assigned another tensor."""
+        return self.module._buffers[self.leaf]
 
-def is_numeric(tensor: Tensor) -> bool:
-    """Whether `tensor` can be trained: floating or complex, not integer, bool or quantised."""
-    return tensor.is_floating_point() or tensor.is_complex()
 
-
-def parameter_sites(model: nn.Module) -> dict[str, list[Site]]:
-    """Every parameter of `model`, by its name in `model.named_parameters()`, with all the sites it is tied to.
-
-    The first site of each list is the one that gives the parameter its name.
+class Anatomy:
+    """What is known of `model` before it is called; the dicts are in the order of `named_parameters()` and its like.
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: `model` has no parameters, or has lazy ones that no input has given a shape yet.
+        ValueError: `model` has no parameters, or lazy ones whose shape no input has fixed yet.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
-    sites = _sites(model, "_parameters")
-    kind = type(model).__name__
-    if not sites:
-        raise ValueError(f"model: {kind} has no parameters, so there is nothing to make an ensemble of")
-    lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
-    if lazy:
-        raise ValueError(
-            f"model: {kind} has lazy parameters or buffers without a shape yet: {lazy}; "
-            "call the model once on an input first"
-        )
-    return sites
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
+        self.model = model
+        self.modules = dict(model.named_modules())
+        """Every module once, under its first name."""
+        self.kind = next(type(module).__name__ for module in self.modules.values() if not is_compiled(module))
+        """The name of the class of the model as it was written, without the wrapper of torch.compile."""
+        self.sites = _sites(self.modules, "_parameters")
+        """By name, the sites of every parameter. Tied ones have several; the first gives the parameter its name."""
+        self.buffer_sites = _sites(self.modules, "_buffers")
+        self.parameters = {name: places[0].parameter for name, places in self.sites.items()}
+        self.buffers = dict(model.named_buffers())
+        if not self.parameters:
+            raise ValueError(f"model: {self.kind} has no parameters, so there is nothing to make an ensemble of")
+        lazy = [name for name, tensor in [*self.parameters.items(), *self.buffers.items()] if is_lazy(tensor)]
+        if lazy:
+            raise ValueError(
+                f"model: {self.kind} has lazy parameters or buffers without a shape yet: {lazy}; "
+                "call the model once on an input first"
+            )
+        first: dict[int, str] = {}
+        every_name = list(model.named_parameters(remove_duplicate=False))
+        self.names = {name: first.setdefault(id(parameter), name) for name, parameter in every_name}
+        """Every name that a parameter has, to its first one."""
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        self.buffer_shapes = {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
+        self.layouts = {
+            name: layout_of(self.sites[name][0].module)
+            for name, parameter in self.parameters.items()
+            if can_be_rank1(parameter) and self.parameters.keys().isdisjoint(rank1_names(name))
+        }
+        """The layout of every parameter that can have `r` and `s`: that of the first layer it is in."""
+        self.vectors: dict[str, tuple[int]] = {}
+        """The shapes of the `r` and `s` that the parameters can have."""
+        self.weights: dict[nn.Module, dict[str, str]] = {}
+        """By layer, those of its parameters that can have `r` and `s`: what the layer calls each, and its name."""
+        for name, layout in self.layouts.items():
+            r, s = rank1_names(name)
+            out, into = layout.sizes(self.parameters[name])
+            self.vectors |= {r: (out,), s: (into,)}
+            for site in self.sites[name]:
+                self.weights.setdefault(site.module, {})[site.leaf] = name
+
+    def layouts_of(self, layer: nn.Module) -> dict[str, Layout]:
+        """The layouts of the weights of `layer` that can have `r` and `s`, by what the layer calls them."""
+        return {leaf: self.layouts[name] for leaf, name in self.weights.get(layer, {}).items()}
+
+    def instances(self, kind: type[nn.Module]) -> dict[str, nn.Module]:
+        """The modules that are a `kind`, by name."""
+        return {name: module for name, module in self.modules.items() if isinstance(module, kind)}
 
 
-def buffer_sites(model: nn.Module) -> dict[str, list[Site]]:
-    """Every buffer of `model`, by its name in `model.named_buffers()`, with all the sites it is tied to."""
-    return _sites(model, "_buffers")
-
-
-def _sites(model: nn.Module, registry: str) -> dict[str, list[Site]]:
+def _sites(modules: dict[str, nn.Module], registry: str) -> dict[str, list[Site]]:
     """The sites of every tensor in the `registry` of a module. A module used in two places has one site, not two."""
     found: dict[int, list[Site]] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in modules.items():
         for leaf, tensor in getattr(module, registry).items():
             if tensor is not None:
                 found.setdefault(id(tensor), []).append(Site(f"{prefix}.{leaf}" if prefix else leaf, module, leaf))
     return {places[0].name: places for places in found.values()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Copies of a model
 
 
 def copy_structure(
@@ -79,11 +221,11 @@ def copy_structure(
     buffer: Callable[[Tensor], Tensor],
     memo: dict[int, Any] | None = None,
 ) -> nn.Module:
-    """A deep copy of `model` in which `parameter(p)` and `buffer(b)` stand for its parameters and buffers.
+    """A deep copy of `model` with `parameter(p)` and `buffer(b)` in the place of its parameters and buffers.
 
-    Ties stay ties, and parameters and buffers in their order. Tensors kept in plain attributes (constants, caches) are
-    cloned without their autograd history. Where torch.compile has wrapped a module the copy has that module itself.
-    `memo` is `copy.deepcopy`'s: afterwards its values are all the objects that the copy does not share with `model`.
+    Ties and the order of parameters and buffers are kept. Tensors in plain attributes (constants, caches) are cloned
+    without their autograd history. A module wrapped by torch.compile is copied without the wrapper. `memo` is
+    `copy.deepcopy`'s: afterwards its values are all the objects that the copy does not share with `model`.
     """
     memo = {} if memo is None else memo
     for module in model.modules():
@@ -103,18 +245,18 @@ def copy_structure(
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `module` is what `torch.compile` has made of another."""
+    """Whether `module` is the wrapper that `torch.compile` puts around a module."""
     return "_orig_mod" in module._modules and "dynamo_ctx" in vars(module)
 
 
-# What holds attributes, but is not part of the state of the module that refers to it.
+# These have attributes too, but they are not part of the state of the module that refers to them.
 _OPAQUE = (nn.Module, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, torch.Generator, Tensor)
 INTERNAL = frozenset(vars(nn.Module()))
 """The attributes that every module has."""
 
 
 def contents(value: Any) -> list[Any]:
-    """What a container, a plain object or a `functools.partial` holds directly."""
+    """The values that a container, a plain object or a `functools.partial` holds directly."""
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, list | tuple | set | deque):
@@ -127,7 +269,7 @@ def contents(value: Any) -> list[Any]:
 
 
 def reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """All that the plain attributes of `module` hold, at any depth, each with the name of the attribute."""
+    """Every value in the plain attributes of `module`, at any depth, each with the name of the attribute."""
     seen: set[int] = set()
     for name, attribute in vars(module).items():
         if name in INTERNAL:
@@ -141,13 +283,13 @@ def reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
                 pending += contents(value)
 
 
-def check_replaceable(model: nn.Module) -> None:
-    """ValueError where the parameters of `model` cannot be replaced for a call.
+def check_replaceable(anatomy: Anatomy) -> None:
+    """ValueError where functional_call cannot replace the parameters of the model.
 
-    That is where a module is TorchScript, or reads a parameter past the place where it is registered.
+    TorchScript compiles them into its code, and a tensor that is also kept in a plain attribute is read from there.
     """
-    tensors = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    for prefix, module in model.named_modules():
+    tensors = {id(tensor) for tensor in [*anatomy.parameters.values(), *anatomy.buffers.values()]}
+    for prefix, module in anatomy.modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 f"model: {prefix!r} is a {type(module).__name__}, whose parameters are part of its compiled code; give "
@@ -158,7 +300,8 @@ def check_replaceable(model: nn.Module) -> None:
         for name, value in reachable(module):
             cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
             inside = [cell for cell in cells if isinstance(cell, nn.Module) and any(True for _ in cell.parameters())]
-            if isinstance(module, nn.RNNBase) and name == "_flat_weights":  # which it makes anew when they are replaced
+            # An RNN fills its list of flat weights anew whenever its parameters are replaced.
+            if isinstance(module, nn.RNNBase) and name == "_flat_weights":
                 continue
             if inside or id(value) in tensors or any(id(cell) in tensors for cell in cells):
                 raise ValueError(

@@ -10,27 +10,20 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from functorch_ens import _torch
-from functorch_ens.anatomy import parameter_sites
+from functorch_ens.anatomy import Anatomy
 from functorch_ens.checks import check_bool, check_option, check_positive_int
 from functorch_ens.forward.call import Call, update_lost
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
 from functorch_ens.forward.template import Template
+from functorch_ens.layers.conv import CONVOLUTION
+from functorch_ens.layers.norm import RUNNING_NORM
 from functorch_ens.layers.operators import SIDES
-from functorch_ens.params.fits import Expected
-from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.layers.registry import obstacle
+from functorch_ens.params.pytree import EnsembleParams, check_buffers, check_params
 from functorch_ens.rng import RandomState
 
 log = logging.getLogger(__name__)
-
-# Modules that vmap cannot serve, and what they call.
-_LOOP_ONLY: dict[type[nn.Module], str] = {
-    nn.RNNBase: "a fused RNN kernel, which vmap has no rule for",
-    nn.RReLU: "aten::rrelu, which vmap has no rule for",
-    nn.CrossMapLRN2d: "an autograd.Function that torch.func cannot follow",
-    nn.AdaptiveLogSoftmaxWithLoss: "operations that depend on the values of its target",
-}
 
 
 def make_forward(
@@ -94,21 +87,15 @@ class Forward:
         member_inputs: bool,
         rank1_side: str,
     ) -> None:
-        self._expected = Expected(model, parameter_sites(model))
-        self._template = Template(model, rank1_side)
-        convolution = _torch.common_base(nn.Conv1d, nn.ConvTranspose1d)
-        norm = _torch.common_base(nn.BatchNorm1d, nn.InstanceNorm1d)
-        self._convolutions = {
-            f"{name}.weight" if name else "weight"
-            for name, module in model.named_modules()
-            if isinstance(module, convolution)
-        }
-        self._norms = [(name, module) for name, module in model.named_modules() if isinstance(module, norm)]
+        self._anatomy = anatomy = Anatomy(model)
+        self._template = Template(anatomy, rank1_side)
+        self._convolutions = {f"{name}.weight" if name else "weight" for name in anatomy.instances(CONVOLUTION)}
+        self._norms = list(anatomy.instances(RUNNING_NORM).items())
         self.member_inputs = member_inputs
         self._is_free = strategy == "auto"
-        obstacle = _obstacle(model)
-        self._plans = plans_for(strategy, randomness, chunk_size, obstacle)
-        self._use(obstacle or self.plan.reason("") if self._is_free else "it was asked for", logging.INFO)
+        found = obstacle(anatomy)
+        self._plans = plans_for(strategy, randomness, chunk_size, found)
+        self._use(found or self.plan.reason("") if self._is_free else "it was asked for", logging.INFO)
 
     @property
     def plan(self) -> Plan:
@@ -149,11 +136,11 @@ class Forward:
 
     def check(self, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> int:
         """The number of members; TypeError or ValueError, as a call raises it, where these do not fit the model."""
-        E = self._expected.check_params(params)
+        E = check_params(params, self._anatomy)
         if buffers is None:
             self._check_no_update()
         else:
-            self._expected.check_buffers(buffers, E)
+            check_buffers(buffers, self._anatomy, E)
         return E
 
     def compiled_plan(self, params: EnsembleParams) -> Plan:
@@ -217,15 +204,3 @@ class Forward:
         updated = [name for name, norm in self._norms if norm.training and norm.running_mean is not None]
         if updated:
             raise ValueError(update_lost([f"{name}.running_mean" if name else "running_mean" for name in updated]))
-
-
-def _obstacle(model: nn.Module) -> str | None:
-    """What in `model` vmap is known not to serve; None where there is nothing."""
-    for name, module in model.named_modules():
-        where = f"{name or 'the model'} ({type(module).__name__})"
-        for kind, operation in _LOOP_ONLY.items():
-            if isinstance(module, kind):
-                return f"{where} calls {operation}"
-        if _torch.has_backward_hooks(module):
-            return f"{where} has backward hooks, which vmap passes by"
-    return None

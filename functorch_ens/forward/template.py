@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from functorch_ens import _torch
 from functorch_ens.anatomy import (
+    Anatomy,
+    Layout,
     Site,
-    buffer_sites,
     check_replaceable,
     copy_structure,
     is_compiled,
-    parameter_sites,
+    rank1_names,
 )
 from functorch_ens.forward.snapshot import Snapshot
-from functorch_ens.layers.pure import purify
-from functorch_ens.layers.registry import Layout, Rank1, Rule, rank1_layouts, rank1_names, rule_for
+from functorch_ens.layers.registry import specialise
 
 
 class Template:
@@ -32,28 +31,21 @@ class Template:
     rule for its whole forward uses that instead. Everything else is as the model has it.
     """
 
-    def __init__(self, model: nn.Module, side: str = "auto") -> None:
-        check_replaceable(model)
+    def __init__(self, anatomy: Anatomy, side: str = "auto") -> None:
+        check_replaceable(anatomy)
+        model = anatomy.model
         memo: dict[int, Any] = {}
         self._module = copy_structure(model, _on_meta, _on_meta, memo)
         written = [module for module in model.modules() if not is_compiled(module)]
         self._pairs = list(zip(written, self._module.modules(), strict=True))
-        sites = parameter_sites(self._module)
-        layouts = rank1_layouts(sites)
-        leaves: dict[nn.Module, dict[str, Layout]] = {}  # of each layer, those that can be rank-1
-        for name, layout in layouts.items():
-            for site in sites[name]:
-                leaves.setdefault(site.module, {})[site.leaf] = layout
+        blank = Anatomy(self._module)
         for layer, own in self._pairs:
-            purify(own)
-            if own in leaves:  # a rule stands for the forward of the model's own layer
-                rule = None if side == "weight" else rule_for(layer, leaves[own])
-                _install_rank1(own, leaves[own], rule, side)
-        self._buffers = buffer_sites(model)
-        self._aliases = _aliases(parameter_sites(model), sites, layouts) | _aliases(
-            self._buffers, buffer_sites(self._module), {}
+            specialise(own, layer, blank.layouts_of(own), side)
+        self._buffers = anatomy.buffer_sites
+        self._aliases = _aliases(anatomy.sites, blank.sites, blank.layouts) | _aliases(
+            self._buffers, blank.buffer_sites, {}
         )
-        self.kind = type(self._pairs[0][0]).__name__
+        self.kind = anatomy.kind
         self._pristine = Snapshot(self._module, {id(value) for value in memo.values()})
 
     def __call__(
@@ -75,7 +67,7 @@ class Template:
 
     def own_buffers(self) -> dict[str, Tensor]:
         """The model's own, as they are now."""
-        found = {name: _torch.buffers_of(places[0].module)[places[0].leaf] for name, places in self._buffers.items()}
+        found = {name: places[0].buffer for name, places in self._buffers.items()}
         return {name: buffer for name, buffer in found.items() if buffer is not None}
 
     def modes(self) -> list[bool]:
@@ -120,42 +112,3 @@ def _aliases(
             for vector, names in zip(rank1_names(name), zip(*tied, strict=True), strict=True):
                 aliases[vector] = list(names)
     return aliases
-
-
-def _install_rank1(layer: nn.Module, layouts: Mapping[str, Layout], rule: Rule | None, side: str) -> None:
-    """Make the weights of `layer` named in `layouts` read their `r` and `s`, and its forward use its `rule`."""
-    for leaf in layouts:
-        _torch.parameters_of(layer).update(dict.fromkeys(rank1_names(leaf)))
-    kind: Any = type(layer)
-    layer.__class__ = _rank1_class(kind, tuple(layouts.items()), rule, side)
-
-
-@cache  # one class for all layers that are alike: torch.compile then takes templates of one structure for the same
-def _rank1_class(cls: Any, layouts: tuple[tuple[str, Layout], ...], rule: Rule | None, side: str) -> type[nn.Module]:
-    """A subclass of `cls` in which the weights named in `layouts` read their `r` and `s` where these are given."""
-
-    def effective(leaf: str, layout: Layout) -> property:
-        def read(self: nn.Module) -> Tensor | None:
-            rank1 = _given(self, leaf, layout)
-            return _torch.parameters_of(self)[leaf] if rank1 is None else rank1.materialise()
-
-        return property(read)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        assert rule is not None
-        weights = {leaf: _given(self, leaf, layout) for leaf, layout in layouts}
-        weights = {leaf: rank1._replace(side=side) for leaf, rank1 in weights.items() if rank1 is not None}
-        if weights.keys() != rule.weights:
-            return cls.forward(self, *args, **kwargs)
-        return rule.forward(self, *args, **weights, **kwargs)
-
-    namespace: dict[str, Any] = {leaf: effective(leaf, layout) for leaf, layout in layouts}
-    if rule is not None:
-        namespace["forward"] = forward
-    return type(cls.__name__, (cls,), namespace)
-
-
-def _given(layer: nn.Module, leaf: str, layout: Layout) -> Rank1 | None:
-    """The rank-1 weight `leaf` of `layer`; None where its `r` and `s` are not given, or it is not there itself."""
-    weight, (r, s) = layer._parameters[leaf], (layer._parameters[vector] for vector in rank1_names(leaf))
-    return None if weight is None or r is None or s is None else Rank1(weight, r, s, layout)

@@ -1,8 +1,9 @@
-"""Products of what all members share with what each member owns, by the cheapest of the ways that are equal.
+"""Products of a shared tensor and a stacked one, each computed in the cheapest of several equal ways.
 
-Under vmap a layer's weight or input is either one tensor for all members or a stack of E. Which of them it is, and the
-shapes, decide what is cheap, and only a rule for vmap sees both. So these are operators of `torch.library`, plain
-arithmetic for one member, with such a rule each; torch.func, autograd and torch.compile look through them.
+Under vmap the weight or the input of a layer is either shared by all members or a stack of E. Which of the two is
+stacked, and the shapes, decide which way is cheapest. Only a vmap rule sees both, so `product` and `scaled` are
+operators of `torch.library` with a vmap rule each. For one member they are plain arithmetic, which torch.func, autograd
+and torch.compile decompose.
 """
 
 from __future__ import annotations
@@ -14,15 +15,36 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from functorch_ens.layers.registry import Layout, Rank1
+from functorch_ens.anatomy import Layout
 
 SIDES = ("auto", "activation", "weight")
-"""Where a layer multiplies its `s` in: what enters it, its weight, or whichever is cheaper."""
+"""Where a layer multiplies its `s` in: its input, its weight, or whichever is cheaper."""
 
 FEW = 2**14
-"""In eager mode, inputs of fewer numbers are not worth the call of an operator from Python."""
+"""In eager mode, for inputs of fewer numbers, calling an operator from Python costs more than the operator saves."""
 
 _LIBRARY = torch.library.Library("functorch_ens", "FRAGMENT")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` as one product of two matrices."""
+    x, weight, bias = autocast(x, weight, bias)
+    if x.ndim < 3:
+        y = product(x, weight)
+    else:
+        y = product(x.flatten(0, -2), weight).reshape(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias
+
+
+def autocast(*tensors: Any) -> Any:
+    """The arguments of an operation in the dtype of autocast: inside vmap autocast does not reach every operation."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,9 +55,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_choice(x: Tensor, own: Tensor) -> bool:
-    """Whether a rule may choose between ways: where vmap has `x` as one for all members, and `own` as each its own.
+    """Whether the vmap rule has a choice: `x` is shared by all members, and `own` is stacked.
 
-    A compiler cannot trace the question, and calls the operator in any case: there it costs nothing.
+    Dynamo cannot trace the question. A compiled graph always calls the operator, which costs nothing there.
     """
     if torch.compiler.is_compiling():
         return True
@@ -44,6 +66,7 @@ def _is_choice(x: Tensor, own: Tensor) -> bool:
 
 
 def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+    """The vmap rule of `product`; the member axis of the result is the first."""
     x_dim, weight_dim = in_dims
     if weight_dim is None:
         assert x_dim is not None
@@ -55,7 +78,7 @@ def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w
     if vector:
         x = rearrange(x, "... i -> ... 1 i")
     if x.shape[-2] < max(weight.shape[1:]):
-        # Few rows: as columns, [E, O, I] x [I, B], the gradient of a weight comes as it lies, and is not turned over.
+        # Few rows: with the rows as columns, [E, O, I] x [I, B], the gradient of the weight is contiguous already.
         y = rearrange(weight @ x.mT, "e o b -> e b o").contiguous()
     elif x_dim is not None:
         y = x @ weight.mT
@@ -65,12 +88,12 @@ def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w
     return (rearrange(y, "e 1 o -> e o") if vector else y), 0
 
 
-def scaled(x: Tensor, weight: Rank1) -> tuple[Tensor, Tensor]:
+def scaled(x: Tensor, weight: Tensor, s: Tensor, layout: Layout, side: str) -> tuple[Tensor, Tensor]:
     """The input `[..., in, *spatial]` of a layer and its weight, one of them times `s`; their product is the same."""
-    if not _is_choice(x, weight.s):
-        return _times(x, weight.s, weight.weight.ndim - 2), weight.weight
-    groups, transposed = weight.layout
-    return torch.ops.functorch_ens.scaled(x, weight.weight, weight.s, groups, transposed, weight.side)
+    if not _is_choice(x, s):
+        return _times(x, s, weight.ndim - 2), weight
+    groups, transposed = layout
+    return torch.ops.functorch_ens.scaled(x, weight, s, groups, transposed, side)
 
 
 def _scaled(x: Tensor, weight: Tensor, s: Tensor, groups: int, transposed: bool, side: str) -> tuple[Tensor, Tensor]:
@@ -87,15 +110,16 @@ def _scaled_of_members(
     transposed: bool,
     side: str,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int | None, int | None]]:
+    """The vmap rule of `scaled`."""
     x_dim, weight_dim, s_dim = in_dims[:3]
     if weight_dim is not None:
         weight, weight_dim = weight.movedim(weight_dim, 0), 0
     shape = weight.shape if weight_dim is None else weight.shape[1:]
     spatial = len(shape) - 2
     own = s if s_dim is None else s.movedim(s_dim, 0)
-    # Where the input is one for all members, whichever of the two is smaller, for `s` makes E of it. A scaled weight
-    # also saves a product in the backward pass: with a scaled input, the gradient of `s` needs that of the input, which
-    # nothing else does. Where the members' inputs differ, the scaled input is free of both, and the weight stays one.
+    # With a shared x, scale the smaller of x and W: scaling makes E copies of it. Scaling W also saves a product in the
+    # backward pass: with a scaled x, the gradient of `s` alone would need the gradient of that x. With a stacked x,
+    # scaling it makes no copies, the backward pass needs its gradient anyway, and W stays shared.
     if side == "auto" and x_dim is None and s_dim is not None and shape.numel() <= x.numel():
         return (x, Layout(groups, transposed).multiplied(weight, s=own, spatial=spatial)), (None, 0)
     if x_dim is not None:
@@ -113,13 +137,13 @@ def _times(x: Tensor, s: Tensor, spatial: int) -> Tensor:
 
 
 def by_channel(vector: Tensor, spatial: int) -> Tensor:
-    """`[..., channels]` before so many spatial axes, of one each."""
-    # Without any it is itself; torch.compile would look through all that einops does to find that out.
+    """`[..., channels]`, followed by `spatial` axes of size 1."""
+    # Without spatial axes, nothing is to be done. Dynamo would trace all of einops to find that out.
     return rearrange(vector, "... c -> ... c" + " 1" * spatial) if spatial else vector
 
 
 def _define(schema: str, one_member: Any, members: Any) -> None:
-    """An operator that is arithmetic of other ones: its derivatives, devices and dtypes are theirs."""
+    """Define an operator composed of others: derivatives, devices and dtypes are theirs."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, one_member, "CompositeImplicitAutograd")

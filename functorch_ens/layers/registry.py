@@ -1,94 +1,22 @@
-"""What a rank-1 weight means for each kind of layer: its axes, its exact value, and the registry of the fast rules.
+"""The table of the kinds of layers: one row for each, written in the file of that kind.
 
-A member's effective weight is `W_i = W * (r_i s_i^T)`: `s` scales what enters the layer, `r` what leaves it,
-
-    y_i = (W (x * s_i)) * r_i + b
-
-(Wen, Tran & Ba 2020, arXiv:2002.06715, section 3.1; the paper calls `r` what is `s` here, and the other way round).
+A row has four facts: the layout of the weights (for `r` and `s`), the pure form (methods in place of torch's own, which
+torch.func can follow and vmap computes fast), the fast rule for rank-1 weights, and the obstacle to vmap. Users add
+layouts and rules by `rank1_layout` and `rank1_rule`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from math import prod
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
 
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from functorch_ens.anatomy import Site, is_numeric
-
-
-class Layout(NamedTuple):
-    """How the axes of a weight are read: axis 0 is the output and axis 1 the input, or the other way round.
-
-    In a grouped layer axis 0 is split in `groups`, each of which has its own part of the other side.
-    """
-
-    groups: int = 1
-    transposed: bool = False  # axis 0 is the input
-
-    def sizes(self, weight: Tensor) -> tuple[int, int]:
-        """The lengths (out, in) of `r` and `s` for `weight`."""
-        first, second = weight.shape[0], weight.shape[1] * self.groups
-        return (second, first) if self.transposed else (first, second)
-
-    def multiplied(
-        self, weight: Tensor, *, r: Tensor | None = None, s: Tensor | None = None, spatial: int = 0
-    ) -> Tensor:
-        """`weight` times `r` along its output axis and `s` along its input axis, where they are given.
-
-        Its first two axes are followed by `spatial` others. Any of the tensors may have a leading member axis.
-        """
-        first, second = (s, r) if self.transposed else (r, s)
-        axes, ones = "".join(f" k{i}" for i in range(spatial)), " 1" * spatial
-        scales = []
-        if first is not None:
-            scales.append(rearrange(first, f"... (g a) -> ... g a 1{ones}", g=self.groups))
-        if second is not None:
-            scales.append(rearrange(second, f"... (g b) -> ... g 1 b{ones}", g=self.groups))
-        parts = rearrange(weight, f"... (g a) b{axes} -> ... g a b{axes}", g=self.groups)
-        return rearrange(parts * prod(scales), f"... g a b{axes} -> ... (g a) b{axes}")
-
-
-class Rank1(NamedTuple):
-    """One member's rank-1 weight: the shared `weight`, with `r` `[out]` and `s` `[in]`."""
-
-    weight: Tensor
-    r: Tensor
-    s: Tensor
-    layout: Layout = Layout()
-    side: str = "auto"
-    """Where a fast rule multiplies `s` in, one of `products.SIDES`."""
-
-    def materialise(self) -> Tensor:
-        """The effective weight `W * (r s^T)`, of the shape of `weight`."""
-        return self.layout.multiplied(self.weight, r=self.r, s=self.s, spatial=self.weight.ndim - 2)
-
-
-def rank1_names(name: str) -> tuple[str, str]:
-    """The names of the `r` and the `s` of the weight called `name`."""
-    return f"{name}_r", f"{name}_s"
-
-
-def can_be_rank1(parameter: Tensor) -> bool:
-    """Whether `parameter` has the two axes that `r` and `s` run over, and values to scale."""
-    return parameter.ndim >= 2 and is_numeric(parameter)
-
-
-def rank1_layouts(sites: Mapping[str, list[Site]]) -> dict[str, Layout]:
-    """The layout of every parameter that can have `r` and `s`: that of the first layer it is in."""
-    return {
-        name: layout_of(places[0].module)
-        for name, places in sites.items()
-        if can_be_rank1(places[0].parameter) and sites.keys().isdisjoint(rank1_names(name))
-    }
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The registry: per layer class, the layout of its weights and, where there is one, a forward faster than materialising.
+from functorch_ens.anatomy import Anatomy, Layout, check_layer_types, layout_of, rank1_layout, rank1_names
+from functorch_ens.layers.weight import Rank1
 
 
 class Rule(NamedTuple):
@@ -99,19 +27,44 @@ class Rule(NamedTuple):
     when: Callable[[Any], bool]
 
 
-_layouts: dict[type[nn.Module], Callable[[Any], Layout]] = {}
-_rules: dict[type[nn.Module], Rule] = {}
+@dataclass(frozen=True)
+class Kind:
+    """The row of one kind of layer. The layout of its weights is in the table of `anatomy`."""
+
+    pure: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """By name, methods with the same outputs, gradients, new buffers and random numbers as the layer's own."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """Attributes that the pure form sets on the layer."""
+    rule: Rule | None = None
+    obstacle: str | None = None
+    """What the layer calls that vmap cannot serve."""
 
 
-def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout]) -> None:
-    """Say how the weights of `layer_types` (and their subclasses) are laid out, as a function of the layer.
+_kinds: dict[type[nn.Module] | str, Kind] = {}  # a str is the full name of a class that is not imported here
 
-    Raises:
-        TypeError: one of `layer_types` is not a module class.
+
+def register(
+    *layer_types: type[nn.Module] | str,
+    base: type[nn.Module] | None = None,
+    layout: Callable[[Any], Layout] | None = None,
+    pure: Mapping[str, Callable[..., Any]] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    rule: Callable[..., Any] | None = None,
+    when: Callable[[Any], bool] = lambda layer: True,
+    obstacle: str | None = None,
+) -> None:
+    """Add the row of one kind of layer: the classes `layer_types`, given themselves or by their full names.
+
+    `base`, a common base of them, extends the `layout` to its other subclasses. The fast `rule` serves the layers for
+    which `when(layer)` is true, as in `rank1_rule`.
     """
-    _check_layer_types(layer_types)
+    types = tuple(layer_type for layer_type in layer_types if not isinstance(layer_type, str))
     for layer_type in layer_types:
-        _layouts[layer_type] = layout
+        _kinds[layer_type] = Kind(pure=pure or {}, attributes=attributes or {}, obstacle=obstacle)
+    if layout is not None:
+        rank1_layout(*(types if base is None else [base]), layout=layout)
+    if rule is not None:
+        rank1_rule(*types, when=when)(rule)
 
 
 def rank1_rule(
@@ -119,32 +72,35 @@ def rank1_rule(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a fast forward for layers with rank-1 weights; used as a decorator.
 
-    The rule is called in place of the layer's own forward, as `rule(layer, *inputs, weight=Rank1(...))`: it is written
-    for ONE member, and its keyword-only arguments name the weights that it serves. Where a layer has other weights with
-    `r` and `s` than these, a subclass has a forward of its own, or `when(layer)` is false, the exact `W * (r s^T)` is
-    used instead.
+    The rule is called in place of the layer's own forward, as `rule(layer, *inputs, weight=Rank1(...))`. It is written
+    for ONE member, and its keyword-only arguments name the weights that it serves. `weight.scale_input(x)` multiplies
+    `s` into the input or into the weight, as `rank1_side` says; `weight.scale_output(y, bias)` multiplies by `r` and
+    adds the bias. `weight.linear(x, bias)` is both, around one matrix product.
+
+    The exact `W * (r s^T)` is used instead where the layer has `r` and `s` for other weights than these, where a
+    subclass has a forward of its own, where `when(layer)` is false, and with `rank1_side="weight"`.
 
     >>> import torch, functorch_ens as fe
-    >>> class Scaled(torch.nn.Linear):
+    >>> class Scaled(torch.nn.Conv1d):
     ...     def forward(self, x):
     ...         return 2 * super().forward(x)
     >>> @fe.rank1_rule(Scaled)
     ... def scaled(layer, x, *, weight):
-    ...     return 2 * (torch.nn.functional.linear(x * weight.s, weight.weight) * weight.r + layer.bias)
-    >>> model = Scaled(3, 2)
-    >>> params = fe.batchensemble_params(model, E=4)
-    >>> fe.make_forward(model)(params, torch.ones(5, 3)).shape
-    torch.Size([4, 5, 2])
+    ...     x, W = weight.scale_input(x)
+    ...     return 2 * weight.scale_output(torch.conv1d(x, W), layer.bias)
+    >>> model = Scaled(3, 2, kernel_size=1)
+    >>> fe.make_forward(model)(fe.batchensemble_params(model, E=4), torch.ones(5, 3, 8)).shape
+    torch.Size([4, 5, 2, 8])
 
     Raises:
         TypeError: one of `layer_types` is not a module class, `when` is not callable, or the rule has no keyword-only
             argument.
     """
-    _check_layer_types(layer_types)
+    check_layer_types(layer_types)
     if not callable(when):
         raise TypeError(f"when: expected a predicate on the layer, got {when!r}")
 
-    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
         arguments = inspect.signature(rule).parameters.values()
         weights = frozenset(a.name for a in arguments if a.kind is a.KEYWORD_ONLY and a.default is a.empty)
         if not weights:
@@ -152,55 +108,121 @@ def rank1_rule(
                 f"rule: {rule!r} must take the weights it serves as keyword-only arguments: (layer, x, *, weight)"
             )
         for layer_type in layer_types:
-            _rules[layer_type] = Rule(rule, weights, when)
+            _kinds[layer_type] = replace(_kinds.get(layer_type, Kind()), rule=Rule(rule, weights, when))
         return rule
 
-    return register
+    return decorate
 
 
-def _check_layer_types(layer_types: tuple[Any, ...]) -> None:
-    for layer_type in layer_types:
-        if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
-            raise TypeError(f"layer_types: expected subclasses of torch.nn.Module, got {layer_type!r}")
+# --------------------------------------------------------------------------------------------------------------------
+# Look-ups
 
 
-def has_layout(layer: nn.Module) -> bool:
-    """Whether the class of `layer`, or one above it, is in the registry of layouts."""
-    return isinstance(layer, tuple(_layouts))
-
-
-def layout_of(layer: nn.Module) -> Layout:
-    """The layout of the weights of `layer`: that of the nearest class in the registry, or output first, then input."""
-    for layer_type in type(layer).__mro__:
-        if layer_type in _layouts:
-            return _layouts[layer_type](layer)
-    return Layout()
+def _rows(layer: nn.Module) -> list[tuple[type, Kind]]:
+    """The rows of `layer`: of its class and of the bases of that, the nearest first."""
+    keys = [(cls, key) for cls in type(layer).__mro__ for key in (cls, f"{cls.__module__}.{cls.__qualname__}")]
+    return [(cls, _kinds[key]) for cls, key in keys if key in _kinds]
 
 
 def rule_of(layer: nn.Module) -> Rule | None:
-    """The fast rule for `layer`; None where there is none, or its forward is not the one that a rule stands for."""
-    if "forward" in vars(layer):
+    """The fast rule for `layer`; None where there is none, or where the layer computes otherwise than its rule."""
+    rows = _rows(layer)
+    # A subclass or an instance that overrides one of these computes something else than the registered class.
+    methods = {"forward"}.union(*(kind.pure for _, kind in rows))
+    rules = {cls: kind.rule for cls, kind in rows}
+    if not methods.isdisjoint(vars(layer)):
         return None
-    for layer_type in type(layer).__mro__:
-        if layer_type in _rules:
-            found = _rules[layer_type]
-            return found if found.when(layer) else None
-        # A class below the registered one that changes how it computes is another kind of layer.
-        if "forward" in vars(layer_type) or "_conv_forward" in vars(layer_type):
+    for cls in type(layer).__mro__:
+        if rule := rules.get(cls):
+            return rule if rule.when(layer) else None
+        if not methods.isdisjoint(vars(cls)):
             return None
     return None
 
 
 def rule_for(layer: nn.Module, layouts: Mapping[str, Layout]) -> Rule | None:
-    """The rule for `layer` where its weights are read as in `layouts`; None where it has none that reads them so.
+    """The rule for `layer` where its weights have these `layouts`; None where it has no rule that reads them so.
 
-    A rule reads a weight as its own layer does; one tied to a layer of another layout is multiplied out instead.
+    A rule reads a weight in the layout of its own layer. A weight tied to a layer of another layout is multiplied out.
     """
     found = rule_of(layer)
     return found if found and all(layouts.get(leaf) == layout_of(layer) for leaf in found.weights) else None
 
 
-rank1_layout(nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, layout=lambda layer: Layout())
-rank1_layout(nn.Embedding, nn.EmbeddingBag, layout=lambda layer: Layout(transposed=True))
-rank1_layout(_ConvNd, layout=lambda layer: Layout(layer.groups))
-rank1_layout(_ConvTransposeNd, layout=lambda layer: Layout(layer.groups, transposed=True))
+def obstacle(anatomy: Anatomy) -> str | None:
+    """The first module of the model that vmap cannot serve, and why; None where none is known."""
+    for name, module in anatomy.modules.items():
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        for _, kind in _rows(module):
+            if kind.obstacle:
+                return f"{where} calls {kind.obstacle}"
+        if module._backward_hooks or module._backward_pre_hooks:
+            return f"{where} has backward hooks, which vmap passes by"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A layer of a template
+
+
+def specialise(copy: Any, layer: nn.Module, layouts: Mapping[str, Layout], side: str) -> None:
+    """Give `copy`, a template's copy of `layer`, its pure form, and the weights in `layouts` their `r` and `s`.
+
+    The copy has a fast rule too, unless `side` is `"weight"`. A rule stands for the forward of the model's own layer.
+    """
+    rule = None if side == "weight" else rule_for(layer, layouts)
+    cls: Any = type(copy)
+    rows = _rows(copy)
+    pure = tuple((name, new) for base, kind in rows for name, new in kind.pure.items() if _defines(base, copy, name))
+    for _, kind in reversed(rows):
+        for name, value in kind.attributes.items():
+            setattr(copy, name, value)
+    for leaf in layouts:
+        copy._parameters.update(dict.fromkeys(rank1_names(leaf)))
+    if pure or layouts:
+        copy.__class__ = _specialised(cls, pure, tuple(layouts.items()), rule, side)
+
+
+def _defines(cls: type, layer: nn.Module, method: str) -> bool:
+    """Whether `layer` has its `method` from `cls`, and nothing nearer to it overrides that."""
+    owner = next((base for base in type(layer).__mro__ if method in vars(base)), None)
+    return owner is cls and method not in vars(layer)
+
+
+@cache  # Layers that are alike get the same class, so torch.compile reuses its code for templates of one structure.
+def _specialised(
+    cls: Any,
+    pure: tuple[tuple[str, Callable[..., Any]], ...],
+    layouts: tuple[tuple[str, Layout], ...],
+    rule: Rule | None,
+    side: str,
+) -> type[nn.Module]:
+    """A subclass of `cls` with the methods `pure`, whose weights in `layouts` read their `r` and `s` where given."""
+    methods = dict(pure)
+    plain = methods.get("forward", cls.forward)
+
+    def effective(leaf: str, layout: Layout) -> property:
+        def read(self: nn.Module) -> Tensor | None:
+            rank1 = _rank1_of(self, leaf, layout, side)
+            return self._parameters[leaf] if rank1 is None else rank1.materialise()
+
+        return property(read)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        assert rule is not None
+        weights = {leaf: _rank1_of(self, leaf, layout, side) for leaf, layout in layouts}
+        weights = {leaf: rank1 for leaf, rank1 in weights.items() if rank1 is not None}
+        if weights.keys() != rule.weights:
+            return plain(self, *args, **kwargs)
+        return rule.forward(self, *args, **weights, **kwargs)
+
+    namespace: dict[str, Any] = methods | {leaf: effective(leaf, layout) for leaf, layout in layouts}
+    if rule is not None:
+        namespace["forward"] = forward
+    return type(cls.__name__, (cls,), namespace)
+
+
+def _rank1_of(layer: nn.Module, leaf: str, layout: Layout, side: str) -> Rank1 | None:
+    """The rank-1 weight `leaf` of `layer`; None where the call gives no `r` and `s`, or the layer lacks the weight."""
+    weight, (r, s) = layer._parameters[leaf], (layer._parameters[vector] for vector in rank1_names(leaf))
+    return None if weight is None or r is None or s is None else Rank1(weight, r, s, layout, side)

@@ -1,4 +1,4 @@
-"""What an ensemble is made of, as a table: what is shared, what is stacked, and what that costs."""
+"""A table of the parameters of an ensemble: which are shared, which are stacked, and their sizes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from functorch_ens.anatomy import Site, is_compiled, parameter_sites
-from functorch_ens.layers.registry import rank1_layouts, rank1_names, rule_for
-from functorch_ens.params.fits import Expected
-from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.anatomy import Anatomy, Site, rank1_names
+from functorch_ens.layers.registry import rule_for
+from functorch_ens.params.pytree import EnsembleParams, check_params
 
 
 class Row(NamedTuple):
@@ -22,15 +21,15 @@ class Row(NamedTuple):
     kind: str
     """The class of that module."""
     name: str
-    """What the module calls it."""
+    """Its name in that module."""
     shape: tuple[int, ...]
     """Its shape in the model, without the member axis."""
     held: str
     """`"shared"` or `"stacked"`; with `" + r, s"` where it is rank-1."""
     rule: str
-    """How a rank-1 weight is computed with: `"fast"`, `"fallback"` (the exact `W * (r s^T)`); else `"none"`."""
+    """For a rank-1 weight `"fast"`, or `"fallback"`: the exact `W * (r s^T)` per member. Otherwise `"none"`."""
     parameters: int
-    """How many numbers the ensemble keeps for it, `r` and `s` included."""
+    """The number of values that the ensemble has for it, `r` and `s` included."""
     bytes: int
 
 
@@ -42,12 +41,12 @@ class Description:
     E: int
     rows: list[Row]
     model_parameters: int
-    """Of one model."""
+    """The number of values in one model."""
     model_bytes: int
 
     @property
     def parameters(self) -> int:
-        """All numbers in the ensemble's parameters."""
+        """The number of values in the ensemble's parameters."""
         return sum(row.parameters for row in self.rows)
 
     @property
@@ -82,7 +81,7 @@ class Description:
 
 
 def describe(model: nn.Module, params: EnsembleParams) -> Description:
-    """What the ensemble `params` of `model` is made of: by module, its parameters, how they are held and computed with.
+    """List the parameters of an ensemble by module: their shapes, how they are held, and by which rule they compute.
 
     >>> import torch, functorch_ens as fe
     >>> model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
@@ -100,49 +99,48 @@ def describe(model: nn.Module, params: EnsembleParams) -> Description:
     4 separate models                                                        6,156  0.02
     1.6 times the size of one model, 0.4 times that of 4 separate ones
 
-    A parameter that is tied to others is listed once, under its first name; its rule is "fast" where it is everywhere.
+    A tied parameter is listed once, under its first name. Its rule is "fast" if it is fast in every layer.
+
+    Args:
+        model: the network; it is only read.
+        params: the parameters of an ensemble of it.
+
+    Returns: a `Description`, which prints as this table; its `rows` have the same values as fields.
 
     Raises:
-        TypeError, ValueError: `model` is no module with parameters, or `params` are not its.
+        TypeError, ValueError: `model` is not a module with parameters, or `params` do not fit it.
     """
-    sites = parameter_sites(model)
-    E = Expected(model, sites).check_params(params)
+    anatomy = Anatomy(model)
+    E = check_params(params, anatomy)
     tensors = {**params.shared, **params.stacked}
-    layouts = rank1_layouts(sites)
-    by_layer: dict[nn.Module, dict[str, str]] = {}  # a layer to its weights that can be rank-1, and their names
-    for name in layouts:
-        for site in sites[name]:
-            by_layer.setdefault(site.module, {})[site.leaf] = name
 
     def is_fast(layer: nn.Module) -> bool:
-        leaves = by_layer[layer]
-        given = {leaf for leaf, name in leaves.items() if rank1_names(name)[0] in tensors}
-        found = rule_for(layer, {leaf: layouts[name] for leaf, name in leaves.items()})
+        given = {leaf for leaf, name in anatomy.weights[layer].items() if rank1_names(name)[0] in tensors}
+        found = rule_for(layer, anatomy.layouts_of(layer))
         return found is not None and found.weights == given
 
     def rule(places: list[Site]) -> str:
         return "fast" if all(is_fast(site.module) for site in places) else "fallback"
 
     rows = []
-    for name, places in sites.items():
+    for name, places in anatomy.sites.items():
         first = places[0]
-        vectors = rank1_names(name) if name in layouts else ()
+        vectors = rank1_names(name) if name in anatomy.layouts else ()
         mine = [tensors[name], *(tensors[vector] for vector in vectors if vector in tensors)]
         rows.append(
             Row(
                 module=first.name.rpartition(".")[0],
                 kind=type(first.module).__name__,
                 name=first.leaf,
-                shape=tuple(first.parameter.shape),
+                shape=anatomy.shapes[name],
                 held=("stacked" if name in params.stacked else "shared") + (" + r, s" if len(mine) > 1 else ""),
                 rule=rule(places) if len(mine) > 1 else "none",
                 parameters=_count(mine, Tensor.numel),
                 bytes=_count(mine, _bytes),
             )
         )
-    own = list(model.parameters())
-    written = next(module for module in model.modules() if not is_compiled(module))
-    return Description(type(written).__name__, E, rows, _count(own, Tensor.numel), _count(own, _bytes))
+    own = list(anatomy.parameters.values())
+    return Description(anatomy.kind, E, rows, _count(own, Tensor.numel), _count(own, _bytes))
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -158,6 +156,6 @@ def _size(parameters: int, bytes: int) -> list[str]:
 
 
 def _line(cells: list[str], widths: list[int]) -> str:
-    """The words to the left, the numbers to the right."""
+    """A line of the table: words aligned left, the two numbers right."""
     words = [cell.ljust(width) for cell, width in zip(cells[:-2], widths[:-2], strict=True)]
     return "  ".join(words + [cell.rjust(width) for cell, width in zip(cells[-2:], widths[-2:], strict=True)])

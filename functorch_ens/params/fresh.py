@@ -1,4 +1,4 @@
-"""Fresh weights for every member, drawn from one generator, with the global random state left as it was."""
+"""Fresh weights for every member, drawn from one generator; the global random state stays as it is."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from functorch_ens.anatomy import copy_structure, is_numeric
+from functorch_ens.anatomy import Anatomy, copy_structure, is_numeric
 from functorch_ens.checks import check_keys
 from functorch_ens.rng import MAX_SEED, drawing_from
 
 
 def fresh_members(
-    model: nn.Module,
+    anatomy: Anatomy,
     copies: Mapping[str, int],
     factory: Callable[[], nn.Module] | None,
     generator: torch.Generator,
@@ -24,12 +24,12 @@ def fresh_members(
 ) -> dict[str, Tensor]:
     """Independently initialised parameters, `{name: [copies[name], ...]}`, with the model's dtypes, on its device.
 
-    Each member comes from `factory()`, or where that is None from every module's own `reset_parameters`; what no reset
-    writes to is copied from the model, with one warning that names it.
+    Each member comes from `factory()`, or, if that is None, from every module's own `reset_parameters`. Parameters that
+    no reset writes to are copied from the model, with one warning that names them.
     """
-    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    own = {name: parameter.detach() for name, parameter in anatomy.parameters.items()}
     stacks = {name: own[name].new_empty(count, *own[name].shape) for name, count in copies.items()}
-    draw = _resetter(model, own) if factory is None else partial(_made_by, factory, own)
+    draw = _resetter(anatomy.model, own) if factory is None else partial(_made_by, factory, own)
     copied: set[str] = set()
     for index, seed in enumerate(
         torch.randint(MAX_SEED, (max(copies.values()),), generator=generator, device="cpu").tolist()
@@ -50,17 +50,17 @@ def fresh_members(
 
 
 Drawn = tuple[dict[str, Tensor], set[str]]
-"""One member's parameters, and the names of those that no reset initialises."""
+"""One member's parameters, and the names of those that no reset writes to."""
 
 
 def _resetter(model: nn.Module, own: dict[str, Tensor]) -> Callable[[], Drawn]:
-    """A function that draws one member by the `reset_parameters` of a copy of `model` on the CPU.
+    """A function that draws one member with the `reset_parameters` of a copy of `model` on the CPU.
 
-    Values that no reset writes to are those in `own`.
+    Values that no reset writes to come from `own`.
     """
     blank = copy_structure(model, lambda p: p.cpu().clone(), lambda buffer: buffer.detach().cpu().clone())
     parameters = {name: parameter.detach() for name, parameter in zip(own, blank.parameters(), strict=True)}
-    # Inner modules first, as constructors run; torch's own MultiheadAttention and Transformer have theirs underscored.
+    # Inner modules first, as constructors run. In torch's MultiheadAttention and Transformer the name is underscored.
     resets = [
         getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         for module in reversed(list(blank.modules()))
@@ -71,7 +71,7 @@ def _resetter(model: nn.Module, own: dict[str, Tensor]) -> Callable[[], Drawn]:
         untouched = set()
         for parameter in parameters.values():
             if is_numeric(parameter):
-                parameter.fill_(math.nan)  # what is still NaN after the resets has not been written to
+                parameter.fill_(math.nan)  # a value that is still NaN after the resets was not written to
         for reset in resets:
             if reset is not None:
                 reset()
@@ -85,7 +85,7 @@ def _resetter(model: nn.Module, own: dict[str, Tensor]) -> Callable[[], Drawn]:
 
 
 def _made_by(factory: Callable[[], nn.Module], own: dict[str, Tensor]) -> Drawn:
-    """One member's parameters, from a module that `factory` makes; ValueError where it is not like the model."""
+    """One member's parameters, from a module that `factory` makes; ValueError where it differs from the model."""
     module = factory()
     if not isinstance(module, nn.Module):
         raise TypeError(f"reset: expected a factory that returns a torch.nn.Module, it returned {module!r}")

@@ -1,4 +1,4 @@
-"""The parameter pytree of an ensemble, and how it is built from a model."""
+"""The parameters and buffers of a new ensemble, made from a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from functorch_ens.anatomy import Site, is_numeric, parameter_sites
+from functorch_ens.anatomy import Anatomy, is_numeric, rank1_names
 from functorch_ens.checks import check_bool, check_generator, check_number, check_option, check_positive_int
-from functorch_ens.layers.registry import rank1_layouts, rank1_names
 from functorch_ens.params.fresh import fresh_members
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.params.select import Selector, choose_parameters, choose_rank1
@@ -53,16 +52,16 @@ def ensemble_params(
 
     Source: Lakshminarayanan, Pritzel & Blundell 2017, arXiv:1612.01474.
     """
-    parameter_sites(model)
+    anatomy = Anatomy(model)
     E = check_positive_int(E, "E")
     check_generator(generator)
     if isinstance(reset, nn.Module) or not callable(reset):
         check_bool(reset, "reset", or_else="or a function that makes a new module")
-    own = dict(model.named_parameters())
+    own = anatomy.parameters
     if stacked is None:  # a quantised weight cannot be stacked, nor would its members ever differ
         owned = [name for name, parameter in own.items() if not parameter.is_quantized]
     else:
-        owned = choose_parameters(stacked, model)
+        owned = choose_parameters(stacked, anatomy)
     if not owned:
         raise ValueError(f"stacked: chooses no parameter of the model, got {stacked!r}")
     shared = {name: own[name].detach().clone() for name in own if name not in owned}
@@ -70,7 +69,7 @@ def ensemble_params(
         stacks = _repeated(own, owned, E)
     else:
         factory = None if reset is True else reset
-        stacks = fresh_members(model, dict.fromkeys(owned, E), factory, cpu_generator(generator), stacklevel=3)
+        stacks = fresh_members(anatomy, dict.fromkeys(owned, E), factory, cpu_generator(generator), stacklevel=3)
     return EnsembleParams(_leaves(shared, own), _leaves(stacks, own))
 
 
@@ -129,7 +128,7 @@ def batchensemble_params(
 
     Source: Wen, Tran & Ba 2020, arXiv:2002.06715 (where `r` scales the input and `s` the output).
     """
-    sites = parameter_sites(model)
+    anatomy = Anatomy(model)
     E = check_positive_int(E, "E")
     check_generator(generator)
     check_option(init, ("normal", "random_sign", "ones"), "init")
@@ -138,16 +137,15 @@ def batchensemble_params(
     r_mean, s_mean = check_number(r_mean, "r_mean"), check_number(s_mean, "s_mean")
     r_std, s_std = check_number(r_std, "r_std", minimum=0), check_number(s_std, "s_std", minimum=0)
 
-    own = dict(model.named_parameters())
-    owned = [] if stacked is None else choose_parameters(stacked, model)
-    chosen = choose_rank1(model, sites, layers) - set(owned)
+    own = anatomy.parameters
+    owned = [] if stacked is None else choose_parameters(stacked, anatomy)
+    chosen = choose_rank1(layers, anatomy) - set(owned)
     weights = [name for name in own if name in chosen]
     if not weights and not owned:
         raise ValueError(
-            f"layers, stacked: nothing in {type(model).__name__} would get r and s or be stacked; "
-            f"its parameters: {list(own)}"
+            f"layers, stacked: nothing in {anatomy.kind} would get r and s or be stacked; its parameters: {list(own)}"
         )
-    biases = [name for name in _biases(sites, weights) if bias == "stacked" and name not in owned]
+    biases = [name for name in _biases(anatomy, weights) if bias == "stacked" and name not in owned]
 
     source = cpu_generator(generator)
     base: Mapping[str, Tensor] = own
@@ -155,23 +153,21 @@ def batchensemble_params(
         stacks = _repeated(own, owned, E)
     else:
         copies = {name: E if name in owned else 1 for name in own}
-        stacks = fresh_members(model, copies, None, source, stacklevel=3)
+        stacks = fresh_members(anatomy, copies, None, source, stacklevel=3)
         base = {name: stacks.pop(name)[0] for name in own if name not in owned}
     stacks |= _repeated(base, biases, E)
     shared = {name: base[name].detach().clone() for name in own if name not in stacks}
 
-    layouts = rank1_layouts(sites)
     vectors: dict[str, Tensor] = {}
     for name in weights:
         r_name, s_name = rank1_names(name)
-        if name not in layouts:
+        if name not in anatomy.layouts:
             raise ValueError(
                 f"model: it already has a parameter named {r_name} or {s_name}; leave {name} out of layers"
             )
-        weight = own[name]
-        out, into = layouts[name].sizes(weight)
-        vectors[r_name] = _vector(init, E, out, r_mean, r_std, source).to(weight)
-        vectors[s_name] = _vector(init, E, into, s_mean, s_std, source).to(weight)
+        for vector, mean, std in ((r_name, r_mean, r_std), (s_name, s_mean, s_std)):
+            (length,) = anatomy.vectors[vector]
+            vectors[vector] = _vector(init, E, length, mean, std, source).to(own[name])
     return EnsembleParams(_leaves(shared, own), _leaves(vectors | stacks, own))
 
 
@@ -180,18 +176,16 @@ def ensemble_buffers(model: nn.Module, E: int) -> dict[str, Tensor]:
 
     Raises TypeError or ValueError as `ensemble_params` does.
     """
-    parameter_sites(model)
-    E = check_positive_int(E, "E")
-    buffers = dict(model.named_buffers())
-    return _repeated(buffers, buffers, E)
+    buffers = Anatomy(model).buffers
+    return _repeated(buffers, buffers, check_positive_int(E, "E"))
 
 
-def _biases(sites: Mapping[str, list[Site]], weights: Sequence[str]) -> list[str]:
+def _biases(anatomy: Anatomy, weights: Sequence[str]) -> list[str]:
     """The biases of the layers that the rank-1 `weights` are in."""
-    layers = {site.module for name in weights for site in sites[name]}
+    layers = {site.module for name in weights for site in anatomy.sites[name]}
     return [
         name
-        for name, places in sites.items()
+        for name, places in anatomy.sites.items()
         if any(s.module in layers and "bias" in s.leaf for s in places) and name not in weights
     ]
 

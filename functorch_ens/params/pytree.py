@@ -1,10 +1,17 @@
-"""The parameter pytree of an ensemble."""
+"""The parameter pytree of an ensemble, and the check of it, and of a dict of buffers, against a model.
+
+The check runs where the arguments enter, because a misfit would otherwise raise from deep inside vmap.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from functorch_ens.anatomy import Anatomy, rank1_names
+from functorch_ens.checks import check_keys
 
 
 class EnsembleParams(NamedTuple):
@@ -24,3 +31,73 @@ class EnsembleParams(NamedTuple):
         if not self.stacked:
             raise ValueError("stacked: expected a tensor with a leading member axis, got {}")
         return next(iter(self.stacked.values())).shape[0]
+
+
+def check_is_params(params: Any) -> None:
+    """TypeError where `params` is not an `EnsembleParams`."""
+    if not isinstance(params, EnsembleParams):
+        raise TypeError(
+            "params: expected EnsembleParams (from ensemble_params, batchensemble_params or stack_params), "
+            f"got {type(params).__name__}"
+        )
+
+
+def check_params(params: Any, anatomy: Anatomy) -> int:
+    """The number of members of `params`; TypeError or ValueError, naming what is wrong, where they do not fit."""
+    check_is_params(params)
+    shared, stacked = params
+    if not isinstance(shared, Mapping) or not isinstance(stacked, Mapping):
+        raise TypeError(
+            f"params: expected EnsembleParams of two dicts, got {type(shared).__name__} and {type(stacked).__name__}"
+        )
+    if not stacked:
+        raise ValueError(f"params: nothing is stacked, so there are no members; shared: {list(shared)}")
+    twice = [name for name in stacked if name in shared]
+    if twice:
+        raise ValueError(f"params: both shared and stacked: {twice}")
+    given = {**shared, **stacked}
+    own = {name: tensor for name, tensor in given.items() if name not in anatomy.vectors}
+    check_keys(own, anatomy.shapes, f"params: {anatomy.kind}")
+    pairs = [rank1_names(name) for name in anatomy.layouts]
+    alone = [(r, s) for r, s in pairs if (r in given) != (s in given)]
+    if alone:
+        raise ValueError(f"params: r and s come in pairs; one is missing of {alone}")
+    _check_tensors("params", given)
+    name, first = next(iter(stacked.items()))
+    if first.ndim == 0 or first.shape[0] == 0:
+        raise ValueError(f"params: {name}: expected a leading member axis, got a tensor of shape {list(first.shape)}")
+    E = first.shape[0]
+    shapes = {**anatomy.shapes, **anatomy.vectors}
+    _check_shapes("params", shared, shapes, ())
+    _check_shapes("params", stacked, shapes, (E,))
+    return E
+
+
+def check_buffers(buffers: Any, anatomy: Anatomy, E: int) -> None:
+    """TypeError or ValueError where `buffers` are not those of the model with a leading member axis of `E`."""
+    if not isinstance(buffers, Mapping):
+        raise TypeError(f"buffers: expected a dict (from ensemble_buffers), got {type(buffers).__name__}")
+    check_keys(buffers, anatomy.buffer_shapes, f"buffers: {anatomy.kind}")
+    _check_tensors("buffers", buffers)
+    _check_shapes("buffers", buffers, anatomy.buffer_shapes, (E,))
+
+
+def _check_tensors(argument: str, values: Mapping[str, Any]) -> None:
+    """TypeError, naming them, where values are no tensors."""
+    wrong = {name: type(value).__name__ for name, value in values.items() if not isinstance(value, Tensor)}
+    if wrong:
+        raise TypeError(f"{argument}: expected tensors, got {wrong}")
+
+
+def _check_shapes(
+    argument: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], members: tuple[int, ...]
+) -> None:
+    """ValueError, listing every misfit, where a tensor has not the shape `[*members, *shapes[name]]`."""
+    wrong = [
+        f"{name}: expected {[*members, *shapes[name]]}, got {list(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if tuple(tensor.shape) != (*members, *shapes[name])
+    ]
+    if wrong:
+        axis = f" with a leading member axis of {members[0]}" if members else ""
+        raise ValueError(f"{argument}: wrong shape{axis}: {'; '.join(wrong)}")

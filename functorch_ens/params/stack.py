@@ -1,17 +1,17 @@
-"""Between E separate models and one ensemble: stack trained members, and take one member out again."""
+"""From E separate models to one ensemble and back: stack trained members, or take one member out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from functorch_ens.anatomy import is_numeric, parameter_sites
-from functorch_ens.layers.registry import Rank1, rank1_layouts, rank1_names
-from functorch_ens.params.fits import Expected
-from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.anatomy import Anatomy, is_numeric, rank1_names
+from functorch_ens.layers.weight import Rank1
+from functorch_ens.params.pytree import EnsembleParams, check_params
 
 Member = nn.Module | Mapping[str, Tensor]
 
@@ -36,7 +36,7 @@ def stack_params(members: Sequence[Member], *, model: nn.Module | None = None) -
         ValueError: no members; or names, shapes, dtypes, devices or `requires_grad` differ among them (all differences
             are listed).
     """
-    tables = _tables(members, model, "named_parameters")
+    tables = _tables(members, model, "parameters")
     _check_alike(tables)
     stacked = _stack(tables)
     return EnsembleParams(
@@ -50,7 +50,7 @@ def stack_buffers(members: Sequence[Member], *, model: nn.Module | None = None) 
     Takes `members` and `model` as `stack_params` does and raises as it does; for state_dicts `model` must be given,
     whose own values stand for buffers that are not persistent.
     """
-    tables = _tables(members, model, "named_buffers")
+    tables = _tables(members, model, "buffers")
     _check_alike(tables)
     return _stack(tables)
 
@@ -71,58 +71,60 @@ def member_params(model: nn.Module, params: EnsembleParams, i: int) -> dict[str,
         TypeError: `i` is not an int.
         ValueError: `i` is not in 0 ... E - 1, or `params` are not those of `model`.
     """
-    sites = parameter_sites(model)
-    E = Expected(model, sites).check_params(params)
+    anatomy = Anatomy(model)
+    E = check_params(params, anatomy)
     if isinstance(i, bool) or not isinstance(i, Integral):
         raise TypeError(f"i: expected an int, got {i!r}")
     if not 0 <= i < E:
         raise ValueError(f"i: expected 0 <= i < {E}, got {i}")
     tensors = {**params.shared, **{name: stack[int(i)] for name, stack in params.stacked.items()}}
-    layouts = rank1_layouts(sites)
-    weights: dict[int, Tensor] = {}  # by the identity of the model's parameter
-    for name, places in sites.items():
-        value = tensors[name].clone()
-        r_name, s_name = rank1_names(name)
-        if name in layouts and r_name in tensors:
-            value = Rank1(value, tensors[r_name], tensors[s_name], layouts[name]).materialise()
-        weights[id(places[0].parameter)] = value
-    return {name: weights[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    weights = {name: tensors[name].clone() for name in anatomy.parameters}
+    for name, layout in anatomy.layouts.items():
+        r, s = rank1_names(name)
+        if r in tensors:
+            weights[name] = Rank1(weights[name], tensors[r], tensors[s], layout).materialise()
+    return {name: weights[first] for name, first in anatomy.names.items()}
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _tables(members: Sequence[Member], model: nn.Module | None, kind: str) -> list[dict[str, Tensor]]:
-    """Of every member, its `named_parameters` or `named_buffers`."""
+Kind = Literal["parameters", "buffers"]
+
+
+def _tables(members: Sequence[Member], model: nn.Module | None, kind: Kind) -> list[dict[str, Tensor]]:
+    """The parameters or the buffers of every member."""
     if isinstance(members, Mapping | nn.Module) or not isinstance(members, Sequence):
         raise TypeError(f"members: expected a list of modules or state_dicts, got {type(members).__name__}")
     if not members:
         raise ValueError("members: expected at least one module or state_dict, got an empty list")
-    if model is not None:
-        parameter_sites(model)
+    anatomy = None if model is None else Anatomy(model)
     tables = []
     for index, member in enumerate(members):
         if isinstance(member, nn.Module):
-            parameter_sites(member)
-            tables.append(dict(getattr(member, kind)()))
+            tables.append(_of_kind(Anatomy(member), kind))
         elif isinstance(member, Mapping) and all(isinstance(value, Tensor) for value in member.values()):
-            tables.append(_from_state_dict(member, index, model, kind))
+            tables.append(_from_state_dict(member, index, anatomy, kind))
         else:
             raise TypeError(f"members: expected modules or state_dicts, member {index} is {type(member).__name__}")
     return tables
 
 
-def _from_state_dict(state: Mapping[str, Tensor], index: int, model: nn.Module | None, kind: str) -> dict[str, Tensor]:
-    """The tensors of one `kind` in a state_dict. It does not say what is trained: what is in `model`, or everything."""
-    if model is None:
+def _of_kind(anatomy: Anatomy, kind: Kind) -> dict[str, Tensor]:
+    return dict(anatomy.parameters if kind == "parameters" else anatomy.buffers)
+
+
+def _from_state_dict(state: Mapping[str, Tensor], index: int, anatomy: Anatomy | None, kind: Kind) -> dict[str, Tensor]:
+    """The tensors of one `kind` in a state_dict, with the model's `requires_grad`; without a model all are trained."""
+    if anatomy is None:
         buffers = [name for name in state if name.rpartition(".")[2] in _STATISTICS]
-        if buffers or kind == "named_buffers":
+        if buffers or kind == "buffers":
             raise ValueError(
                 f"model: got None, but state_dict {index} does not say which of its tensors are buffers (as {buffers} "
                 "are); give model=, and stack the buffers with stack_buffers"
             )
         return {name: value.detach().requires_grad_(is_numeric(value)) for name, value in state.items()}
-    own, saved = dict(getattr(model, kind)()), model.state_dict()
+    own, saved = _of_kind(anatomy, kind), anatomy.model.state_dict()
     unexpected = [name for name in state if name not in saved]
     missing = [name for name in own if name in saved and name not in state]
     if missing or unexpected:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from functorch_ens.anatomy import rank1_names
 from functorch_ens.checks import check_number, check_of_members
-from functorch_ens.layers.registry import rank1_names
 from functorch_ens.params.pytree import EnsembleParams
 
 # The devices that have fused kernels for those optimisers of torch.optim that take `fused`.

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import grad, hessian, jvp, vmap
 
 import functorch_ens as fe
-from functorch_ens.layers import operators as products
+from functorch_ens.anatomy import Layout
+from functorch_ens.layers import operators
 from functorch_ens.layers.operators import SIDES, product, scaled
-from functorch_ens.layers.registry import Layout, Rank1
 
 sizes = st.integers(1, 4)
 
@@ -26,7 +26,7 @@ sizes = st.integers(1, 4)
 @pytest.fixture(autouse=True, scope="module")
 def choose_for_small_inputs_too() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "FEW", 0)
+        patch.setattr(operators, "FEW", 0)
         yield
 
 
@@ -121,7 +121,7 @@ def test_scaled_is_a_factor_of_the_input_or_of_the_weight(
     }[spatial, transposed]
 
     def layer(x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
-        return convolve(*scaled(x, Rank1(weight, torch.empty(0), s, layout, side)))
+        return convolve(*scaled(x, weight, s, layout, side))
 
     def plain(x: Tensor, weight: Tensor, s: Tensor) -> Tensor:
         return convolve(x * s.reshape(-1, *[1] * spatial), weight)
@@ -149,7 +149,7 @@ def test_the_smaller_of_a_shared_input_and_its_weight_is_scaled(
     found = []
 
     def layer(x: Tensor, s: Tensor) -> Tensor:
-        placed = scaled(x, Rank1(weight, s, s, side=side))
+        placed = scaled(x, weight, s, Layout(), side)
         if shared:
             found.append([torch._C._functorch.is_batchedtensor(tensor) for tensor in placed])
         else:
@@ -169,7 +169,7 @@ def test_transforms_look_through(rows: int) -> None:
 
     def members(s: Tensor, x: Tensor = x, weight: Tensor = weight) -> Tensor:
         def layer(s: Tensor) -> Tensor:
-            return product(*scaled(x, Rank1(weight, s, s)))
+            return product(*scaled(x, weight, s, Layout(), "auto"))
 
         return vmap(layer)(s)
 
@@ -196,7 +196,7 @@ def test_small_inputs_are_left_to_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
         called.append(x.shape)
         return x
 
-    monkeypatch.setattr(products, "FEW", 100)
+    monkeypatch.setattr(operators, "FEW", 100)
     monkeypatch.setattr(torch.ops.functorch_ens, "product", operator)
     for rows in (9, 10):
         vmap(lambda weight, x: product(x, weight), in_dims=(0, None))(randn(2, 4, 10), randn(rows, 10))

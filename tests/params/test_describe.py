@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zoo import Tied
 
 import functorch_ens as fe
-from functorch_ens.layers.registry import Rank1
+from functorch_ens.layers.weight import Rank1
 
 
 @pytest.mark.parametrize("name", MODELS)

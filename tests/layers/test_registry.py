@@ -1,8 +1,10 @@
-"""Fast rules, the exact fallback, the oracle, and which weights get r and s."""
+"""The table of kinds of layers: rules, layouts, and every kind against the oracle and the exact fallback."""
 
 from __future__ import annotations
 
+import ast
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,15 +13,17 @@ import torch.nn.functional as F
 from cases import MODELS, Case, fast_layers, members, model_case, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import TOLERANCE, assert_same, gradients, loop, materialise
+from oracle import TOLERANCE, assert_same, both_kinds, gradients, loop
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from zoo import Matrices
 
 import functorch_ens as fe
-from functorch_ens.layers import operators as products
+from functorch_ens import anatomy, layers
+from functorch_ens.anatomy import Anatomy
+from functorch_ens.layers import operators, registry
 from functorch_ens.layers.operators import SIDES
-from functorch_ens.layers.registry import Rank1, layout_of, rule_of
+from functorch_ens.layers.registry import rule_of
 
 inits = st.sampled_from(["normal", "random_sign", "ones"])
 
@@ -38,7 +42,7 @@ def _without_rule(layer: nn.Module) -> nn.Module:
     init=inits,
     dtype=st.sampled_from([torch.float64, torch.float32]),
     side=st.sampled_from(SIDES),
-    few=st.sampled_from([0, products.FEW]),
+    few=st.sampled_from([0, operators.FEW]),
 )
 def test_fast_rules_equal_the_oracle_and_the_fallback(
     case: Case, E: int, init: str, dtype: torch.dtype, side: str, few: int
@@ -53,7 +57,7 @@ def test_fast_rules_equal_the_oracle_and_the_fallback(
         assert_same(gradients(forward, params, *case.args), want_gradients)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "FEW", few)
+        patch.setattr(operators, "FEW", few)
         check(fe.make_forward(case.model, strategy="vmap", rank1_side=side))
     check(fe.make_forward(case.model, strategy="loop", rank1_side=side))
     _without_rule(case.model)
@@ -68,10 +72,10 @@ def test_fast_rules_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         (nn.Embedding(3, 2), torch.tensor([0, 2])),
     ]
 
-    def refuse(self: Rank1) -> Tensor:
+    def refuse(self: fe.Rank1) -> Tensor:
         raise AssertionError("materialised")
 
-    monkeypatch.setattr(Rank1, "materialise", refuse)
+    monkeypatch.setattr(fe.Rank1, "materialise", refuse)
     for layer, x in layers:
         fe.make_forward(layer)(fe.batchensemble_params(layer, 2), x)
     attention = nn.MultiheadAttention(4, 2)
@@ -80,48 +84,6 @@ def test_fast_rules_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         inputs = (torch.tensor([0]),) if isinstance(plain, nn.Embedding) else (torch.randn(1, 3), torch.randn(1, 3))
         with pytest.raises(AssertionError, match="materialised"):
             fe.make_forward(plain)(fe.batchensemble_params(plain, 2), *inputs)
-
-
-@given(data=st.data(), E=members)
-def test_the_rule_for_attention_equals_the_oracle(data: st.DataObject, E: int) -> None:
-    def draw(*options: Any) -> Any:
-        return data.draw(st.sampled_from(options))
-
-    heads, batch, L, S = draw(1, 2), draw(1, 3), draw(1, 4), draw(1, 3)
-    batch_first, batched, alone = draw(False, True), draw(False, True), draw(False, True)
-    model = nn.MultiheadAttention(4, heads, bias=draw(False, True), batch_first=batch_first, dropout=0.3).double()
-    assert rule_of(model) is not None
-    model.eval()
-
-    def tensor(length: int) -> Tensor:
-        return randn(length, 4) if not batched else randn(*((batch, length) if batch_first else (length, batch)), 4)
-
-    query = tensor(L)
-    key, value = (query, query) if alone else (tensor(S), tensor(S))
-    S = L if alone else S
-    options: dict[str, Any] = {"need_weights": draw(False, True), "average_attn_weights": draw(False, True)}
-    shape = [draw((L, S), ((batch if batched else 1) * heads, L, S))]
-    match draw("none", "bool", "float"):
-        case "bool":
-            options["attn_mask"] = torch.rand(*shape[0]) < 0.3
-            options["attn_mask"][..., 0] = False  # something is left to attend to
-        case "float":
-            options["attn_mask"] = randn(*shape[0])
-    if draw(False, True):
-        padding = torch.rand(*((batch, S) if batched else (S,))) < 0.3
-        padding[..., 0] = False
-        floating = options.get("attn_mask") is not None and options["attn_mask"].is_floating_point()
-        options["key_padding_mask"] = (
-            torch.zeros(padding.shape).double().masked_fill(padding, -9.0) if floating else padding
-        )
-    params = fe.batchensemble_params(model, E)
-    want = loop(model, params, query, key, value, **options)
-    forward = fe.make_forward(model)
-    assert_same(forward(params, query, key, value, **options), want)
-    assert_same(
-        gradients(forward, params, query, key, value, **options),
-        gradients(partial(loop, model), params, query, key, value, **options),
-    )
 
 
 @given(case=fast_layers, E=members, strategy=st.sampled_from(["vmap", "loop"]))
@@ -158,31 +120,6 @@ def test_any_model_equals_the_oracle(name: str, options: dict[str, Any]) -> None
         assert_same(gradients(forward, params, *case.args), want_gradients)
 
 
-def test_the_definition() -> None:
-    """y_i = (W (x * s_i)) * r_i + b, written out, for a linear layer and a grouped convolution."""
-    linear, x = nn.Linear(3, 4).double(), randn(5, 3)
-    params = fe.batchensemble_params(linear, 2)
-    r, s = params.stacked["weight_r"], params.stacked["weight_s"]
-    want = torch.stack([F.linear(x * s[i], linear.weight) * r[i] + linear.bias for i in range(2)])
-    assert_same(fe.make_forward(linear)(params, x), want)
-
-    conv, x = nn.Conv1d(4, 6, 2, groups=2).double(), randn(5, 4, 7)
-    params = fe.batchensemble_params(conv, 2)
-    r, s = params.stacked["weight_r"][..., None], params.stacked["weight_s"][..., None]
-    assert conv.bias is not None
-    want = torch.stack([F.conv1d(x * s[i], conv.weight, groups=2) * r[i] + conv.bias[:, None] for i in range(2)])
-    assert_same(fe.make_forward(conv)(params, x), want)
-
-
-@given(case=fast_layers)
-def test_materialise_equals_the_oracle_entry_by_entry(case: Case) -> None:
-    layer: Any = case.model
-    out, into = layout_of(layer).sizes(layer.weight)
-    r, s = randn(out), randn(into)
-    got = fe.Rank1(layer.weight, r, s, layout_of(layer)).materialise()
-    assert_same(got, materialise(layer, layer.weight, r, s), tolerance=1e-15)
-
-
 def test_r_and_s_have_the_sizes_of_the_output_and_the_input() -> None:
     model = nn.ModuleDict(
         {
@@ -211,25 +148,6 @@ def test_r_and_s_have_the_sizes_of_the_output_and_the_input() -> None:
     }
 
 
-class _Vision(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.zeros(1, 1, 4))
-        self.position = nn.Parameter(torch.zeros(1, 3, 4))
-        self.layer_scale = nn.Parameter(torch.ones(4, 1))
-        self.matrix = nn.Parameter(torch.ones(4, 4))
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm((3, 4)), nn.Linear(4, 1), nn.ReLU())
-        self.counts = nn.Parameter(torch.ones(4, 4, dtype=torch.int64), requires_grad=False)
-
-
-def _with_r_and_s(layers: Any) -> set[str]:
-    stacked = fe.batchensemble_params(_Vision(), 2, layers=layers).stacked
-    assert {name[:-2] for name in stacked if name.endswith("_s")} == {
-        name[:-2] for name in stacked if name.endswith("_r")
-    }
-    return {name.removesuffix("_r") for name in stacked if name.endswith("_r")}
-
-
 @pytest.mark.parametrize(
     ("model", "x"),
     [
@@ -248,31 +166,6 @@ def test_an_input_that_the_layer_refuses_is_refused(model: nn.Module, x: Tensor,
         model(x)
     with pytest.raises(RuntimeError, match=refusal):
         fe.make_forward(model, strategy=strategy)(fe.batchensemble_params(model, 4), x)
-
-
-def test_which_weights_get_r_and_s() -> None:
-    both = {"body.0.weight", "body.2.weight"}
-    assert _with_r_and_s(None) == both | {"matrix"}
-    assert _with_r_and_s("body.*") == both
-    assert _with_r_and_s("body.0") == {"body.0.weight"}
-    assert _with_r_and_s(["body.2", "position"]) == {"body.2.weight", "position"}
-    assert _with_r_and_s("body.1") == {"body.1.weight"}
-    assert _with_r_and_s("*.weight") == both | {"body.1.weight"}
-    assert _with_r_and_s(lambda name, module: isinstance(module, nn.Linear) and name == "body.0") == {"body.0.weight"}
-    assert _with_r_and_s(lambda name, module: True) == both | {"matrix"}
-
-
-@pytest.mark.parametrize("layers", ["body", "bodi.*", ["body.0", "body.3"], "body.0.bias", "counts"])
-def test_a_pattern_without_effect_is_an_error(layers: Any) -> None:
-    named = layers if isinstance(layers, str) else layers[-1]
-    with pytest.raises(ValueError, match=f"layers: pattern '{named.replace('*', '[*]')}'"):
-        fe.batchensemble_params(_Vision(), 2, layers=layers)
-
-
-@pytest.mark.parametrize("layers", [3, [nn.Linear], [1]])
-def test_layers_of_another_kind_are_a_type_error(layers: Any) -> None:
-    with pytest.raises(TypeError, match="layers: expected a name pattern"):
-        fe.batchensemble_params(_Vision(), 2, layers=layers)
 
 
 def test_a_user_layer_can_have_a_rule_and_a_layout() -> None:
@@ -373,3 +266,74 @@ def test_a_rule_for_what_is_no_module_is_an_error(wrong: Any) -> None:
 def test_a_rule_that_names_no_weight_is_an_error() -> None:
     with pytest.raises(TypeError, match="keyword-only"):
         fe.rank1_rule(Matrices)(lambda layer, x: x)
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Linear(8, 4), (2, 3, 8)),
+        (nn.Conv1d(8, 4, 2), (2, 8, 5)),
+        (nn.Conv2d(8, 4, 2, padding=1, padding_mode="circular"), (2, 8, 5, 5)),
+        (nn.ConvTranspose1d(8, 4, 2), (2, 8, 5)),
+        (_Attention(), (2, 3, 8)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_autocast_computes_in_its_dtype(model: nn.Module, shape: tuple[int, ...], strategy: str) -> None:
+    """Inside vmap, autocast does not reach convolutions, and the bias of a linear layer is added in float32."""
+    x = torch.randn(shape)
+    for params in both_kinds(model, 2):
+        forward = fe.make_forward(model, strategy=strategy)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, want = forward(params, x), loop(model, params, x)
+        assert got.dtype == want.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), want.float(), atol=0.05, rtol=0.05)
+        assert forward(params, x).dtype == torch.float32
+
+
+def test_every_kind_of_layer_is_one_row_in_one_file() -> None:
+    rows: dict[str, list[str]] = {}
+    for path in Path(layers.__file__).parent.glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "register":
+                for given in call.args:
+                    kinds = given.value.elts if isinstance(given, ast.Starred) else [given]  # type: ignore[attr-defined]
+                    for kind in kinds:
+                        rows.setdefault(ast.unparse(kind), []).append(path.stem)
+    assert all(len(places) == 1 for places in rows.values()), rows
+    files = {file for places in rows.values() for file in places}
+    assert files == {"attention", "conv", "embedding", "linear", "norm", "other", "recurrent"} == set(layers.__all__)
+    for key, row in registry._kinds.items():
+        functions = [*row.pure.values(), *([] if row.rule is None else [row.rule.forward])]
+        if isinstance(key, type) and key in anatomy._layouts:
+            functions.append(anatomy._layouts[key])
+        assert len({function.__module__ for function in functions}) <= 1, key
+
+
+def test_the_first_obstacle_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.RReLU()), nn.GRU(2, 2))
+    assert registry.obstacle(Anatomy(model)) == "1.0 (RReLU) calls aten::rrelu, which vmap has no rule for"
+    assert registry.obstacle(Anatomy(model[0])) is None
+    model[0].register_full_backward_hook(lambda *args: None)
+    assert registry.obstacle(Anatomy(model)) == "0 (Linear) has backward hooks, which vmap passes by"
+    assert registry.obstacle(Anatomy(nn.LSTM(2, 2))) == (
+        "the model (LSTM) calls a fused RNN kernel, which vmap has no rule for"
+    )
+
+
+def test_layers_that_are_alike_share_a_class() -> None:
+    """torch.compile guards on the class of a layer: it can reuse its code only where that is the same."""
+    copies = [fe.make_forward(nn.Linear(3, 2))._template._module for _ in range(2)]
+    other = fe.make_forward(nn.Linear(3, 2), rank1_side="activation")._template._module
+    assert type(copies[0]) is type(copies[1]) is not type(other)
+    assert isinstance(other, nn.Linear) and type(other).__name__ == "Linear"

@@ -1,0 +1,72 @@
+"""Embedding and EmbeddingBag: `s` runs over the vocabulary, `r` over the embedding dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from functorch_ens.anatomy import Layout
+from functorch_ens.layers.registry import register
+from functorch_ens.layers.weight import Rank1
+
+
+def _renormalised(rows: Tensor, layer: Any) -> Tensor:
+    """`rows` `[..., D]` shortened to `max_norm`. Torch shortens the parameter in place, without a gradient."""
+    norms = rows.norm(layer.norm_type, dim=-1, keepdim=True)
+    scale = torch.where(norms > layer.max_norm, layer.max_norm / (norms + 1e-7), 1.0)
+    return rows + (rows * scale - rows).detach()
+
+
+def _pure(layer: nn.Embedding, input: Tensor) -> Tensor:
+    if layer.max_norm is None:
+        return nn.Embedding.forward(layer, input)
+    rows = F.embedding(input, layer.weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+    return _renormalised(rows, layer)
+
+
+def _pure_bag(
+    layer: nn.EmbeddingBag, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
+) -> Tensor:
+    if layer.max_norm is None:
+        return nn.EmbeddingBag.forward(layer, input, offsets, per_sample_weights)
+    return F.embedding_bag(
+        input,
+        _renormalised(layer.weight, layer),
+        offsets,
+        scale_grad_by_freq=layer.scale_grad_by_freq,
+        mode=layer.mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=layer.include_last_offset,
+        padding_idx=layer.padding_idx,
+    )
+
+
+def _rule(layer: nn.Embedding, input: Tensor, *, weight: Rank1) -> Tensor:
+    rows = F.embedding(input, weight.weight, layer.padding_idx)
+    s = F.embedding(input, rearrange(weight.s, "v -> v 1"), layer.padding_idx)
+    r = weight.r
+    if layer.padding_idx is not None:
+        # Padding has no gradient: F.embedding stops those of W and s, and this the one of r.
+        r = torch.where(rearrange(input == layer.padding_idx, "... -> ... 1"), r.detach(), r)
+    return rows * s * r
+
+
+register(
+    nn.Embedding,
+    layout=lambda layer: Layout(transposed=True),
+    pure={"forward": _pure},
+    attributes={"sparse": False},  # the gradient of a stack is dense: torch has no sparse one
+    rule=_rule,
+    # With max_norm the effective rows are shortened; with the other, their gradients are divided by the number of uses.
+    when=lambda layer: layer.max_norm is None and not layer.scale_grad_by_freq,
+)
+register(
+    nn.EmbeddingBag,
+    layout=lambda layer: Layout(transposed=True),
+    pure={"forward": _pure_bag},
+    attributes={"sparse": False},
+)
