@@ -138,6 +138,11 @@ class Forward:
             chosen, reason = strategy, "it was asked for"
         self._use(Plan(chosen, chunk_size, randomness), reason)
 
+    @property
+    def made(self) -> list[object]:
+        """The objects that it has made for itself and never changes: Dynamo need not guard them."""
+        return [self._expected, self._convolutions, *self._template.made]
+
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:

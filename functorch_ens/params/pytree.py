@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,3 +24,9 @@ class EnsembleParams(NamedTuple):
         if not self.stacked:
             raise ValueError("stacked: expected a tensor with a leading member axis, got {}")
         return next(iter(self.stacked.values())).shape[0]
+
+
+def check_is_params(params: Any) -> None:
+    """TypeError where `params` is no `EnsembleParams`."""
+    if not isinstance(params, EnsembleParams):
+        raise TypeError(f"params: expected EnsembleParams, got {type(params).__name__}")

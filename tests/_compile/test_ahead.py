@@ -172,7 +172,7 @@ def test_a_step_for_batches_of_many_sizes() -> None:
     for B in (9, 10, 7):
         batch = torch.randn(B, 6), torch.randint(4, (B,))
         assert_same(step.gradients(params, *batch), plain.gradients(params, *batch))
-    assert step._compiles
+    assert step.compiled_by == "functorch_ens"
 
 
 def _run(script: str, cache: Path, **environment: str) -> list[str]:
