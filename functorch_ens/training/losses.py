@@ -81,8 +81,8 @@ def member_losses(
                 ) from error
         error.add_note(
             "functorch_ens: this is the loss of one member, called with outputs[i] of the shapes "
-            f"{[list(tensor.shape[1:]) for tensor in stacked]}; values= need a loss that takes tensors for these "
-            "arguments, as functorch_ens.cross_entropy does"
+            f"{[list(tensor.shape[1:]) for tensor in stacked]}; a loss that takes numbers, and not tensors, cannot use "
+            "values=; functorch_ens.cross_entropy can"
         )
         raise
     if losses.ndim != 1:
