@@ -85,8 +85,13 @@ def answer(module: str, name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Fork a process for each pair, as many at a time as there are cores."""
-    for module in ("torch._inductor.compile_fx", "torch._inductor.async_compile", "torch._dynamo.backends.inductor"):
-        importlib.import_module(module)  # once for all forks
+    # Once for all forks: the modules that torch imports, and the patterns that it traces, at a first compilation.
+    config = torch._inductor.config
+    config.compile_threads, config.cpp.vec_isa_ok = 1, True  # no process or thread that a fork would lose
+    torch.compile(lambda x: (x.sin() @ x).log_softmax(1))(torch.ones(4, 4))  # autograd could not be forked
+    torch.compiler.reset()
+    config.compile_threads, config.cpp.vec_isa_ok = 2, None
+    importlib.import_module("torch._inductor.cpu_vec_isa").valid_vec_isa_list.cache_clear()
     pairs = json.load(sys.stdin)
     waiting: dict[int, int] = {}
     for number, (module, name) in enumerate(pairs):

@@ -53,7 +53,6 @@ def test_without_any_one_name_training_goes_on(tmp_path_factory: pytest.TempPath
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("cache"))),
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",  # so that every process compiles
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
-        "TORCHINDUCTOR_COMPILE_THREADS": "2",
         "TORCHINDUCTOR_WORKER_START": "fork",
         "TORCH_WARM_POOL": "0",
         "OMP_NUM_THREADS": "1",
