@@ -57,6 +57,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import functorch_ens as fe
+from functorch_ens.training.step import gradients_in_place
 
 PHASES = ("forward", "gradient", "step")
 LOOP, ROWS = "loop over modules", "one network, E·B rows, compiled"
@@ -205,7 +206,7 @@ def of_library(
 
     calls = {
         "forward": predict,
-        "gradient": lambda: train.compute(params, x, y, buffers=buffers),
+        "gradient": lambda: gradients_in_place(train, params, x, y, buffers=buffers),
         "step": lambda: train(params, x, y, buffers=buffers),
     }
     seconds = None if compile is None else _first_call(calls["gradient"])

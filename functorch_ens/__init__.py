@@ -13,9 +13,10 @@ from functorch_ens.params.stack import member_params, stack_buffers, stack_param
 from functorch_ens.training.batches import bootstrap, index_batches
 from functorch_ens.training.checkpoint import load_checkpoint, save_checkpoint
 from functorch_ens.training.fit import Fitted, fit
+from functorch_ens.training.gradients import Gradients
 from functorch_ens.training.losses import cross_entropy, member_losses
 from functorch_ens.training.optim import param_groups
-from functorch_ens.training.step import Gradients, TrainStep, make_train_step
+from functorch_ens.training.step import TrainStep, make_train_step
 from functorch_ens.uncertainty.measures import (
     Uncertainty,
     classification_uncertainty,

@@ -1,8 +1,8 @@
 """The kernels of a compiled graph for a CPU, in as few files of C++ as there are processes to compile them.
 
-torch.compile writes a file for each kernel. In each the compiler makes the same templates of torch's header, which
-takes .4 of the .5 seconds that a small kernel does; two cores are done with a graph of seven in half the time where
-they have a file each.
+inductor writes one file for each kernel. In each the C++ compiler instantiates the templates of torch's header again,
+which takes 0.4 of the 0.5 seconds of a small kernel. In two files, the seven kernels of a graph compile in half the
+time on two cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _JOINS: ContextVar[bool] = ContextVar("functorch_ens_joins_kernels", default=Fal
 
 
 def with_joined_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, made by torch.compile; what a call of it compiles has its kernels in common files."""
+    """`function`, made by torch.compile; a graph that a call of it compiles has its kernels in common files."""
     _install()
 
     def joined(*arguments: Any) -> Any:
@@ -39,7 +39,7 @@ def with_joined_kernels(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def _install() -> None:
-    """Once: a compiled graph asks its `AsyncCompile` for each of its kernels, and no option says what that does."""
+    """Replace, once, the method that a graph calls for each of its kernels; inductor has no option for it."""
     by_torch = AsyncCompile.cpp_pybinding
 
     def cpp_pybinding(self: Any, argtypes: list[str], source: str) -> Any:
@@ -49,14 +49,14 @@ def _install() -> None:
             kernels = vars(self).setdefault("_functorch_ens_kernels", _Kernels(self.submit))
             return LambdaFuture(kernels.add(argtypes, source))
         except Exception as error:
-            log.debug("a kernel is not joined to others: %r", error)
+            log.info("a kernel is compiled in a file of its own: %r", error)
             return by_torch(self, argtypes, source)
 
     AsyncCompile.cpp_pybinding = cpp_pybinding  # type: ignore[method-assign, assignment]
 
 
 class _File(CppPythonBindingsCodeCache):
-    """A file, compiled, but not loaded: it is one module for each of its kernels."""
+    """A file that is compiled but not loaded here: each of its kernels is loaded as a module of its own."""
 
     @classmethod
     def _load_library_inner(cls, path: str, key: str) -> Any:
@@ -64,15 +64,15 @@ class _File(CppPythonBindingsCodeCache):
 
 
 class _Kernels:
-    """Those of one graph: all are added before the first is called for."""
+    """The kernels of one graph, which adds all before it asks for the first."""
 
     def __init__(self, submit: Callable[..., Any]) -> None:
-        self._submit = submit  # to a process that compiles
-        self._texts: list[str] = []  # by their number
+        self._submit = submit  # hands a task to a process that compiles
+        self._texts: list[str] = []  # kernel number -> source
         self._files: dict[int, Any] | None = None
 
     def add(self, argtypes: list[str], source: str) -> Callable[[], Any]:
-        """What gives the kernel, as a function of Python: by itself where it cannot be compiled with the others."""
+        """Add a kernel; the result loads it for Python, alone where it does not compile with the others."""
         number = len(self._texts)
 
         def load_async(part: Any, text: str, *_: Any, **__: Any) -> Callable[[], ModuleType]:
@@ -80,14 +80,14 @@ class _Kernels:
             return lambda: self._module(part, number)
 
         members = {"entry_function": _name(number), "load_async": classmethod(load_async)}
-        part: Any = type("Part", (CppPythonBindingsCodeCache,), members)  # torch's, which writes what Python calls
+        part: Any = type("Part", (CppPythonBindingsCodeCache,), members)  # torch adds the Python binding to it
         joined = part.load_pybinding_async(argtypes, source)
 
         def function() -> Any:
             try:
                 return joined()
             except Exception as error:
-                log.debug("kernel %d is compiled alone: %r", number, error)
+                log.info("kernel %d is compiled alone: %r", number, error)
                 return CppPythonBindingsCodeCache.load_pybinding(argtypes, source)
 
         return function
@@ -97,9 +97,9 @@ class _Kernels:
         return part._load_library_inner(file.path, file.key)
 
     def _compiled(self) -> dict[int, Any]:
-        """The file of each kernel."""
+        """Kernel number -> its file, compiled by the first call."""
         if self._files is None:
-            self._files = {}  # should this fail, it is not tried again for the next kernel
+            self._files = {}  # after a failure, the next kernel does not try again
             parts = _shared_out(dict(enumerate(self._texts)), get_compile_threads())
             waits = [_File.load_async(_joined(part), submit_fn=self._submit) for part in parts]
             files = [wait() for wait in waits]
@@ -108,7 +108,7 @@ class _Kernels:
 
 
 def _shared_out(texts: Mapping[int, str], count: int) -> list[dict[int, str]]:
-    """`texts` in at most `count` parts of about the same length."""
+    """Deal `texts` out to at most `count` parts of about the same length."""
     parts: list[dict[int, str]] = [{} for _ in range(min(count, len(texts)))]
     for number in sorted(texts, key=lambda number: -len(texts[number])):
         shortest = min(parts, key=lambda part: sum(map(len, part.values())))
@@ -117,7 +117,7 @@ def _shared_out(texts: Mapping[int, str], count: int) -> list[dict[int, str]]:
 
 
 def _joined(texts: Mapping[int, str]) -> str:
-    """One file of several: each in a namespace of its own, its function `kernel` under a name of its own."""
+    """Join several files into one: each in its own namespace, its function `kernel` renamed."""
     includes: dict[str, None] = {}
     parts = []
     for number, text in texts.items():
@@ -131,5 +131,5 @@ def _name(number: int) -> str:
     return f"kernel{number}"
 
 
-# With the macro that Python's header asks for before it is included.
+# Includes, and the macro that must be defined before Python's header.
 _INCLUDE = re.compile(r"^[ \t]*#[ \t]*(?:include|define PY_SSIZE_T_CLEAN)\b.*$", re.MULTILINE)

@@ -1,8 +1,8 @@
-"""In compiled graphs, the gradient of a lookup as a comparison.
+"""A pass that turns the gradient of a lookup into a comparison.
 
-A loss looks up the log-probability of each row's label (`gather`). autograd adds the gradient into zeros at the place
-that was looked up (`scatter_add`), and no compiler fuses that with what is before and after it. With one place a row,
-nothing meets: the gradient is `where(place == index, gradient, 0)`, arithmetic as any other.
+A loss looks up the log-probability of each row's label (`gather`). Its gradient is a `scatter_add` into zeros, which
+inductor does not fuse with other operations. With one place in each row no two numbers are added, so
+`where(place == index, gradient, 0)` is the same, and it is pointwise: inductor fuses it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def compare_lookups(graph: Graph) -> None:
 
 
 def _is_of_a_lookup(match: Match) -> bool:
-    """Whether `index` has one place for each row of the zeros, and is looked up too, which checks that it is in range.
+    """Whether `index` has one place in each row of the zeros, all sizes being known.
 
-    Only where all sizes are known.
+    A lookup by the same index must be in the graph too: it checks the range, which a comparison does not.
     """
     shape, dim, index, source = (match.kwargs[name] for name in ("shape", "dim", "index", "source"))
     rows = list(shape)

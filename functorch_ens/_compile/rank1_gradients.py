@@ -1,12 +1,12 @@
-"""In compiled graphs, both gradients of a rank-1 layer whose input all members share, out of one product.
+"""A pass that computes both gradients of a rank-1 layer, whose input all members share, from one matrix product.
 
-Such a layer (the first of a network) computes y_e = (x * s_e) W^T. autograd makes two products for its gradients, as
-large as that of the forward: dW = g^T (x * s), and g W, which is only summed to that of s. But with
+Such a layer (the first of a network) computes y_e = (x * s_e) W^T. autograd computes two products of this size for its
+gradients: dW = g^T (x * s), and g W, which is multiplied by x and summed to the gradient of s. But with
 
     M_e = g_e^T x,   dW = sum_e M_e * s_e,   ds_e = sum_o W * M_e
 
-one is enough, if M, E times as large as W, is summed up tile by tile while a tile is in registers. That is a kernel of
-its own, for processors with AVX-512; with half of the registers it gains nothing over two products.
+one product is enough. M is E times as large as W, so it is never stored: each tile is summed while it is in registers.
+This takes a kernel of its own, for AVX-512; with half of the registers it is no faster than two products.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ENOUGH = 2**23
 """Products of fewer multiplications are faster than the call of an operator from Python."""
 
 FEW = 8
-"""Of fewer rows for each member, summing up M takes longer than its product."""
+"""With fewer rows for each member, summing M takes longer than computing it."""
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -43,7 +43,7 @@ _LIBRARY = torch.library.Library("functorch_ens", "FRAGMENT")
 
 
 def _by_two_products(g: Tensor, x: Tensor, s: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `weight` `[O, I]` and `s` `[E, I]`, with `g` `[E B, O]` that of the output, and `x` `[B, I]`."""
+    """The gradients of `weight` `[O, I]` and `s` `[E, I]`, from the output's, `g` `[E B, O]`, and `x` `[B, I]`."""
     scaled = rearrange(x * rearrange(s, "e i -> e 1 i"), "e b i -> (e b) i")
     of_s = reduce(rearrange(g @ weight, "(e b) i -> e b i", b=len(x)) * x, "e b i -> e i", "sum")
     return (g.mT @ scaled).contiguous(), of_s.contiguous()
@@ -69,25 +69,25 @@ torch.library.register_fake(
 
 
 def is_faster() -> bool:
-    """Whether this processor has what the kernel is for."""
+    """Whether this processor has AVX-512."""
     return pick_vec_isa().bit_width() == 512
 
 
 @cache
 def kernel() -> Any:
-    """The kernel, which the first call compiles; None where there is none."""
-    if not is_faster():  # a graph in torch's cache may be of another processor
+    """The kernel, compiled by the first call; None where it does not compile or gains nothing."""
+    if not is_faster():  # torch's cache may hold a graph that was compiled for another processor
         return None
     types = ["const float*"] * 4 + ["float*"] * 2 + ["int64_t"] * 5
     try:
         return CppPythonBindingsCodeCache.load_pybinding(types, SOURCE.read_text())
     except Exception as error:
-        log.debug("the gradients of rank-1 layers are computed by two products: %r", error)
+        log.info("the gradients of rank-1 layers are computed by two products: %r", error)
         return None
 
 
 class _Found(NamedTuple):
-    """The gradients of a rank-1 layer in a graph: what they are computed from, and the nodes that compute them."""
+    """The nodes of a graph that hold the inputs of a rank-1 layer's gradients, and those that compute these."""
 
     g: Node
     x: Node
@@ -96,11 +96,11 @@ class _Found(NamedTuple):
     of_weight: Node
     of_s: Node
     product: Node
-    """g W, which only `of_s` needs."""
+    """g W, which only `of_s` uses."""
 
 
 def join_rank1_gradients(graph: Graph) -> None:
-    """Change `graph`: one product instead of two for the gradients of a rank-1 layer with one input for all members."""
+    """Change `graph`: for the gradients of a rank-1 layer with a shared input, one product replaces two."""
     for of_s in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
         found = _match(of_s)
         if found is None or not is_faster():
@@ -119,7 +119,7 @@ def join_rank1_gradients(graph: Graph) -> None:
 
 
 def _match(of_s: Any) -> _Found | None:
-    """The gradients that `of_s` is one of: it sums (g W) * x over the rows, and beside it there is g^T (x * s)."""
+    """Match a sum of (g W) * x over the rows, `of_s`, and the g^T (x * s) of the same layer."""
     times, dims = of_s.args[:2]
     if not _calls(times, aten.mul.Tensor) or dims != [1] or not _are_tensors(times.args):
         return None
@@ -140,7 +140,7 @@ def _match(of_s: Any) -> _Found | None:
 
 
 def _fits(found: _Found, wide: Node, scale: Node, scaled: Node) -> bool:
-    """Whether all is in float32 on a CPU, as it is shaped in such a layer, large enough, and there in time."""
+    """Whether all tensors are float32 on a CPU, of the shapes of such a layer, large enough, and computed in time."""
     nodes = (found.g, found.of_weight, found.product, wide, scale, scaled)
     tensors = [node.meta["val"] for node in (*found, *nodes)]
     if not all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors):
@@ -150,7 +150,7 @@ def _fits(found: _Found, wide: Node, scale: Node, scaled: Node) -> bool:
         return False
     b, i, e, i_of_s, o, i_of_weight = sizes
     shapes = [[e * b, o], [o, i], [e * b, i], [e, b, i], [e, 1, i], [e, b, i]]
-    # The number of rows may be a symbol; then the operator finds out whether it is large enough.
+    # The number of rows may be a symbol; then the operator itself decides whether there are enough.
     known = b if isinstance(b, int) else FEW
     return (
         i == i_of_s == i_of_weight
@@ -186,12 +186,12 @@ def _is_no_turn(node: Any) -> Any:
 
 
 def _upright(node: Any) -> Any:
-    """What `node` is the transpose of the transpose of; or itself."""
+    """`node` without two transpositions in a row, which cancel."""
     return node.args[0].args[0] if _is_turn(node) and _is_turn(node.args[0]) else node
 
 
 def _views(node: Any) -> Iterator[Any]:
-    """`node`, and all that it is the same numbers of, in the same order, in another shape."""
+    """`node`, its source if it is a reshape, the source of that, and so on: the same numbers in the same order."""
     yield node
     while isinstance(node, Node) and (node.target in _RESHAPES or _is_no_turn(node)):
         node = node.args[0]
@@ -199,6 +199,6 @@ def _views(node: Any) -> Iterator[Any]:
 
 
 def _seen(node: Any) -> Any:
-    """What `node` is a view of, by `_views`."""
+    """The last of `_views(node)`."""
     *_, last = _views(node)
     return last

@@ -115,6 +115,11 @@ class Forward:
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor], **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]: ...
 
+    @property
+    def made(self) -> list[object]:
+        """The objects that it has made for itself and never changes: Dynamo need not guard them."""
+        return [self._anatomy, self._convolutions, *self._template.made]
+
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:

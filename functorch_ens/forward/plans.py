@@ -31,6 +31,8 @@ class Plan(ABC):
 
     strategy: ClassVar[str]
     """What users call it: `"vmap"` or `"loop"`."""
+    one_by_one: ClassVar[bool] = False
+    """Whether a layer computes one member at a time."""
     level: ClassVar[int] = logging.INFO
     """The level at which a change to this plan is logged."""
 
@@ -43,8 +45,8 @@ class Plan(ABC):
         """Why this plan is in use after vmap failed in `where`."""
 
     def at_a_time(self, E: int) -> int:
-        """How many of E members are in memory together, where each can be computed without the others."""
-        return min(self.chunk_size or E, E)
+        """How many of E members a train step computes at a time: all, where parts would draw other random numbers."""
+        return min(self.chunk_size or E, E) if self.randomness == "different" else E
 
     def for_own_convolutions(self) -> Plan:
         """The plan to compile where each member has convolutions of its own, on a CPU."""
@@ -104,6 +106,7 @@ class Loop(Plan):
     """One member after another: this works for any model."""
 
     strategy = "loop"
+    one_by_one = True
     level = logging.WARNING
 
     def compute(self, call: Call, members: Members) -> Returned:
@@ -118,7 +121,7 @@ class Loop(Plan):
         return f"vmap failed in {where}"
 
     def at_a_time(self, E: int) -> int:
-        return 1
+        return 1 if self.randomness == "different" else E
 
 
 def plans_for(strategy: str, randomness: str, chunk_size: int | None, obstacle: str | None) -> list[Plan]:

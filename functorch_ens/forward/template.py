@@ -65,6 +65,11 @@ class Template:
         # functional_call writes what the forward assigned to its buffers back to the dict that it was given.
         return output, {name: given[name] for name in buffers}
 
+    @property
+    def made(self) -> list[object]:
+        """The objects that it has made for itself and never changes; the model's own modules are not among them."""
+        return [*self._module.modules(), self._pristine, self._aliases]
+
     def own_buffers(self) -> dict[str, Tensor]:
         """The model's own, as they are now."""
         found = {name: places[0].buffer for name, places in self._buffers.items()}

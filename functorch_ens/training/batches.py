@@ -1,4 +1,4 @@
-"""Which rows of the data each member sees: batches of indices, so that the data itself is held once."""
+"""Batches of row numbers, which say what each member sees; the data itself is held once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bootstrap(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """For each member a sample of the data, drawn with replacement: bagging.
+    """Draw a sample of the rows for each member, with replacement: bagging.
 
     >>> import torch, functorch_ens as fe
     >>> rows = fe.bootstrap(1000, E=5, generator=torch.Generator().manual_seed(0))
@@ -27,11 +27,11 @@ def bootstrap(
     (torch.Size([5, 1000]), True)
 
     Args:
-        N: how many rows there are.
+        N: the number of rows.
         E: the number of members.
-        size: how many of them a member gets, at most N; None is N.
+        size: the number of rows for each member, at most N. None: N.
         generator: the source of randomness; None is torch's global one. It may be on another device.
-        device: where the result goes; None is the CPU.
+        device: of the result. None: the CPU.
 
     Returns: row numbers `[E, size]`, int64. Draw them once, and give them to `index_batches` for every epoch.
 
@@ -58,7 +58,7 @@ def index_batches(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> list[Tensor]:
-    """One epoch of shuffled batches, as row numbers: what the members see.
+    """One epoch of shuffled batches, as row numbers.
 
     >>> import torch, functorch_ens as fe
     >>> [batch.shape for batch in fe.index_batches(70, 32)]
@@ -68,23 +68,24 @@ def index_batches(
     >>> fe.index_batches(70, 32, E=4, sees="split")[0].shape
     torch.Size([4, 8])
 
-    With `forward = make_forward(model, member_inputs=sees != "same")`, a train step takes them as its batch:
-    `make_train_step(forward, loss, optimizer, prepare=lambda i: (images[i], labels[i]))`.
+    A train step takes them as its batch, with `make_forward(model, member_inputs=sees != "same")` and
+    `prepare=lambda i: (images[i], labels[i])`.
 
     Args:
-        rows: how many rows there are, N; or the numbers of those to take, `[N]`, or for each member its own, `[E, N]`
-            (`bootstrap`), which each member sees in an order of its own.
-        batch_size: rows in a step, B.
-        E: the number of members; needed for what is not the `"same"`.
-        sees: `"same"`: all members the same batch, `[B]`. `"own"`: each member all rows, in an order of its own,
-            `[E, B]`. `"split"`: each member its share of a batch, `[E, B / E]`, so that a step costs what that of one
-            network does (Wen, Tran & Ba 2020, section 3).
-        drop_last: leave out the rows that do not fill a batch (other rows in each epoch); False makes a smaller last
-            batch of them, which with `"split"` has to divide by E too.
-        generator: the source of randomness; None is torch's global one.
-        device: where the batches go; None is where `rows` is, or the CPU.
+        rows: the number of rows, N; or row numbers `[N]`; or row numbers of each member, `[E, N]` (`bootstrap`), which
+            implies `sees="own"`.
+        batch_size: the number of rows in a step, B.
+        E: the number of members; needed unless all see the `"same"`.
+        sees: `"same"`: all members see one batch, `[B]`. `"own"`: each member sees all rows in its own order, `[E, B]`.
+            `"split"`: each member sees its share of one batch, `[E, B / E]`, at the cost of one network.
+        drop_last: leave out the rows that do not fill a batch. False: they are a smaller last batch, whose size must be
+            a multiple of E with `"split"`.
+        generator: the source of randomness. None: torch's global one.
+        device: of the batches. None: that of `rows`, or the CPU.
 
+    Returns: the batches, int64.
     Raises: TypeError or ValueError for an argument of the wrong kind, no full batch, or a share that is not whole.
+    Source: `"split"` is section 3 of Wen, Tran & Ba 2020, arXiv:2002.06715.
     """
     check_option(sees, ("same", "own", "split"), "sees")
     check_bool(drop_last, "drop_last")
@@ -117,12 +118,12 @@ def index_batches(
 
 
 def _table(rows: Any, sees: str, E: int | None) -> tuple[Tensor, str, int | None]:
-    """The row numbers `[N]` or `[E, N]`, and what that says of the other two."""
+    """The row numbers `[N]` or `[E, N]`, and with them the final `sees` and `E`."""
     if not isinstance(rows, Tensor):
         rows = torch.arange(check_positive_int(rows, "rows"))
     if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
         raise TypeError(f"rows: expected whole numbers, got {rows.dtype}")
-    rows = rows.long()  # torch takes bytes for a mask
+    rows = rows.long()  # torch would take uint8 for a mask
     if rows.numel() and rows.min() < 0:
         raise ValueError(f"rows: expected numbers from 0, got {rows.min().item()}")
     if rows.ndim not in (1, 2) or rows.numel() == 0:

@@ -1,4 +1,4 @@
-"""Training over epochs: progress, evaluation, early stopping, and a run that goes on after an interruption."""
+"""Training over epochs, with progress, evaluation, early stopping, and runs that resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from functorch_ens.checks import check_generator, check_option, check_positive_i
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.rng import RandomState
 from functorch_ens.training.checkpoint import load_checkpoint, save_checkpoint
-from functorch_ens.training.step import TrainStep
+from functorch_ens.training.optim import Trained
+from functorch_ens.training.step import TrainStep, advance
 from functorch_ens.training.stopping import Patience
 
 log = logging.getLogger(__name__)
@@ -27,16 +28,30 @@ Batches = Iterable[Any] | Callable[[torch.Generator], Iterable[Any]]
 
 
 class Fitted(NamedTuple):
-    """What `fit` returns: trained parameters, and what happened on the way."""
+    """What `fit` returns."""
 
     params: EnsembleParams
-    """Those that it was given, trained."""
+    """The parameters that `fit` was given; they were trained in place."""
     buffers: dict[str, Tensor] | None
-    """The new ones, `{name: [E, ...]}`; None where none were given."""
+    """The new buffers, `{name: [E, ...]}`; None where none were given."""
     history: dict[str, Tensor]
-    """By epoch: `"loss"` `[epochs, E]`, the mean over its steps, and what `evaluate` returned, `[epochs, ...]`."""
+    """Of each epoch: `"loss"`, the mean over its steps, `[epochs, E]`; the results of `evaluate`, `[epochs, ...]`."""
     stopped: dict[int, str]
-    """The members that stopped before the end, and why."""
+    """The members that stopped before the end, each with the reason."""
+
+
+class Evaluate(Protocol):
+    """`evaluate(params, buffers)` returns numbers or tensors by name."""
+
+    def __call__(self, params: EnsembleParams, buffers: dict[str, Tensor] | None, /) -> Mapping[str, Any]: ...
+
+
+class Scheduler(Protocol):
+    """A scheduler of torch.optim.lr_scheduler."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
 
 
 def fit(
@@ -47,61 +62,42 @@ def fit(
     epochs: int,
     buffers: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
-    scheduler: Any = None,
+    scheduler: Scheduler | None = None,
     schedule_by: str = "epoch",
-    evaluate: Callable[[EnsembleParams, dict[str, Tensor] | None], Mapping[str, Any]] | None = None,
+    evaluate: Evaluate | None = None,
     monitor: str | None = None,
     patience: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Fitted:
-    """Train all members for `epochs`, in the mode (`model.train()`) that the model is in.
+    """Train all members for `epochs`, in the mode (`model.train()`) that the model is in; update `params` in place.
 
     >>> import torch, functorch_ens as fe
     >>> _ = torch.manual_seed(0)
     >>> model, x = torch.nn.Linear(3, 1), torch.randn(64, 3)
-    >>> y, params = x.sum(-1, keepdim=True), fe.ensemble_params(model, E=5)
-    >>> step = fe.make_train_step(
-    ...     fe.make_forward(model),
-    ...     torch.nn.functional.mse_loss,
-    ...     torch.optim.Adam(fe.param_groups(params, lr=0.1)),
-    ...     prepare=lambda i: (x[i], y[i]),
-    ...     compile=False,
-    ... )
+    >>> params, optim, loss = fe.ensemble_params(model, E=5), torch.optim.Adam, torch.nn.functional.mse_loss
+    >>> batch = lambda i: (x[i], x[i].sum(-1, keepdim=True))
+    >>> optimizer = optim(fe.param_groups(params, lr=0.1))
+    >>> step = fe.make_train_step(fe.make_forward(model), loss, optimizer, prepare=batch, compile=False)
     >>> fitted = fe.fit(step, params, lambda source: fe.index_batches(64, 16, generator=source), epochs=20)
     >>> fitted.history["loss"].shape, bool((fitted.history["loss"][-1] < 0.1).all())
     (torch.Size([20, 5]), True)
 
     Args:
-        step: from `make_train_step`.
-        params: the parameters that its optimiser trains; they are updated in place, as torch.optim does it.
-        batches: what is gone through in an epoch, a `DataLoader` or any collection of batches; or a function of a
-            generator that makes it, for each epoch anew: `lambda source: index_batches(N, 32, generator=source)`. A
-            batch is what `step` takes after `params`: a tensor, or a tuple or list of them.
-        epochs: how many.
-        buffers: `ensemble_buffers`, for a model that has some.
-        generator: what `batches` gets; its state is kept in the checkpoint (give the one of a DataLoader here too).
-            None is a new one, seeded by torch's.
-        scheduler: of torch.optim.lr_scheduler, over the optimiser of `step`.
-        schedule_by: when the scheduler makes its step: after each `"epoch"`, or after each `"step"`.
-        evaluate: `evaluate(params, buffers)` after each epoch returns numbers or tensors by name, the same ones each
-            time. Use `predict`, which is in eval mode.
-        monitor: the name of a number, or of a tensor `[E]`, in what `evaluate` returns: less of it is better (of an
-            accuracy return `-accuracy`).
-        patience: stop a member when `monitor` has not been less for so many epochs. At the end every member is what it
-            was at its best. Members that share trained tensors stop together, by their mean.
-        checkpoint: a file that is written, whole, after each epoch. Where it is there already the run goes on from it:
-            to the result that it would have had without the interruption, down to the order of the data and to
-            dropout, as far as these draw from `generator` and from torch's global generators.
-        progress: show a bar with the loss of each member; None: at a terminal.
-
-    A member of a classic ensemble whose loss is nan or infinite is named in a warning, and stopped as it was before
-    that step; the others go on, untouched by it. (To see it, each step waits for the device; your own loop need not.)
+        batches: a DataLoader or collection of batches, or a function of a generator that makes it anew for each epoch.
+            A batch is what `step` takes after `params`: a tensor, or a tuple or list of them.
+        generator: what `batches` is called with. None: a new one, seeded by torch's.
+        scheduler: of torch.optim.lr_scheduler; it steps after each `"epoch"` or `"step"` (`schedule_by`).
+        evaluate: `evaluate(params, buffers)` after each epoch returns numbers or tensors by name.
+        monitor: the name of one of these, a number or `[E]`; less is better.
+        patience: stop a member after so many epochs without a better `monitor`; it gets its best parameters back.
+        checkpoint: a file, written after each epoch. If it exists, the run resumes from it.
+        progress: show a bar. None: at a terminal.
 
     Raises:
-        TypeError, ValueError: for an argument of the wrong kind, an epoch without batches, a checkpoint of another run;
-            as `step` does.
-        FloatingPointError: a loss is not finite, and all members share trained tensors, or all have failed so.
+        TypeError, ValueError: an argument is of the wrong kind, an epoch has no batches, the checkpoint is of another
+            run, or `step` raises it.
+        FloatingPointError: a loss is not finite, and no member can go on. (Else the member is stopped, with a warning.)
     """
     if not isinstance(step, TrainStep):
         raise TypeError(f"step: expected a train step (from make_train_step), got {step!r}")
@@ -131,7 +127,7 @@ def fit(
     try:
         if file is not None and file.exists():
             run.resume(file)
-            level = logging.INFO if run.epoch < epochs else logging.WARNING  # which is not what was asked for, perhaps
+            level = logging.INFO if run.epoch < epochs else logging.WARNING  # nothing is left to train: an old file?
             log.log(level, "%s: goes on after epoch %d of %d", file, run.epoch, epochs)
         with tqdm(disable=None if progress is None else not progress, unit="step") as bar:
             while run.epoch < epochs and len(run.stopped) < params.E:
@@ -147,7 +143,7 @@ def fit(
 
 
 class _Run:
-    """A run of training, between two epochs: all that has to be kept to go on from here."""
+    """The state of a run between two epochs: everything that a checkpoint holds."""
 
     def __init__(
         self,
@@ -155,7 +151,7 @@ class _Run:
         params: EnsembleParams,
         buffers: Mapping[str, Tensor] | None,
         generator: torch.Generator | None,
-        scheduler: Any,
+        scheduler: Scheduler | None,
         patience: int | None,
     ) -> None:
         self._step = step
@@ -163,14 +159,14 @@ class _Run:
         self._buffers = None if buffers is None else dict(buffers)
         self._generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         self._scheduler = scheduler
-        self._together = bool(step.trained(params).params.shared)
+        self._together = bool(Trained(step.optimizer, params).params.shared)
         self._patience = None if patience is None else Patience(patience, params.E, self._together)
         self._failed: set[int] = set()
         self.epoch = 0
         self.history: list[dict[str, Tensor]] = []
         self.stopped: dict[int, str] = dict.fromkeys(sorted(step.stopped), "it was stopped before")
 
-    def one_epoch(self, batches: Batches, scheduler: Any, bar: Any, epochs: int) -> None:
+    def one_epoch(self, batches: Batches, scheduler: Scheduler | None, bar: Any, epochs: int) -> None:
         """Go through the batches once."""
         given: Any = batches(self._generator) if callable(batches) else batches
         if bar.total is None and hasattr(given, "__len__"):
@@ -179,14 +175,14 @@ class _Run:
         count = 0
         for batch in given:
             batch = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            losses, new = self._step.run(self._params, batch, self._buffers, {}, partial(self._stop_failed, count))
+            losses, new = advance(self._step, self._params, batch, self._buffers, {}, partial(self._stop_failed, count))
             self._buffers = None if self._buffers is None else new
             losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
             total = losses.clone() if total is None else total + losses
             count += 1
             if scheduler is not None:
                 scheduler.step()
-            if bar.update():  # it was drawn: not at each step, for what it shows has to be waited for
+            if bar.update():  # it was drawn. Reading the losses waits for the device, so not at every step
                 self._show(bar, total / count, epochs)
         if total is None:
             raise ValueError(
@@ -202,7 +198,10 @@ class _Run:
         bar.set_postfix_str(f"loss {_shown(losses)}", refresh=False)
 
     def _stop_failed(self, count: int, first: int, losses: Tensor) -> None:
-        """Stop members, from `first` on, whose loss is nan or infinite; FloatingPointError where no other can go on."""
+        """Stop members whose loss is nan or infinite; `losses` `[k]` are those of the members from `first` on.
+
+        Raises: FloatingPointError where no member can go on.
+        """
         finite = losses.isfinite()
         if finite.all():
             return
@@ -225,8 +224,8 @@ class _Run:
         if not self._together:
             self._step.stopped.update(new)
 
-    def evaluate(self, evaluate: Any, monitor: str | None) -> None:
-        """Add what `evaluate` finds to the history, and let early stopping look at what it monitors."""
+    def evaluate(self, evaluate: Evaluate | None, monitor: str | None) -> None:
+        """Add the results of `evaluate` to the history, and stop members that have waited too long."""
         results: dict[str, Tensor] = {}
         if evaluate is not None:
             with torch.no_grad(), self._step.forward.mode():
@@ -248,7 +247,7 @@ class _Run:
             self._stop(late, f"no better {monitor} after epoch {self.epoch - self._patience.epochs}")
 
     def schedule(self, monitor: str | None) -> None:
-        """The scheduler's step after an epoch."""
+        """Step the scheduler after an epoch."""
         if isinstance(self._scheduler, ReduceLROnPlateau):
             value = self.history[-1][str(monitor)].double().expand(self._params.E)
             trained = [i for i in range(self._params.E) if i not in self.stopped]
@@ -282,14 +281,14 @@ class _Run:
         }
 
     def _kinds(self) -> dict[str, str]:
-        """What must be the same for the state of one run to be that of another."""
+        """Kinds of objects and shapes of tensors; a checkpoint must have the same as the run that resumes."""
         parts = {"optimizer": self._step.optimizer, "scheduler": self._scheduler, "patience": self._patience}
         tensors = {**self._params.shared, **self._params.stacked, **(self._buffers or {})}
         shapes = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
         return {**{name: type(part).__name__ for name, part in parts.items()}, **shapes}
 
     def resume(self, file: Path) -> None:
-        """Become the run that was written to `file`."""
+        """Take over the state that was written to `file`."""
         try:
             state = load_checkpoint(file, device="cpu")
         except ValueError as error:
@@ -305,7 +304,7 @@ class _Run:
                 f"checkpoint: {os.fspath(file)!r} is of another run: {name} is {there.get(name)} there, and "
                 f"{here.get(name)} here; give another file, or remove this one"
             )
-        try:  # first, for it says where its groups differ
+        try:  # first: it raises where the groups differ, before anything is changed
             self._step.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise ValueError(f"checkpoint: {os.fspath(file)!r} is of another optimizer: {error}") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,14 @@ from functorch_ens.checks import check_of_members
 from functorch_ens.trees import take_apart
 
 
+class Loss(Protocol):
+    """The loss of one network: `loss(output, *targets, **values)`, a scalar tensor, such as `F.cross_entropy`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+
 def member_losses(
-    loss: Callable[..., Tensor],
+    loss: Loss,
     outputs: Any,
     *targets: Any,
     member_targets: bool = False,
@@ -31,15 +37,15 @@ def member_losses(
     Args:
         loss: `loss(output_of_one_member, *targets)`, a scalar.
         outputs: what a forward returned: `[E, B, C]`, or any pytree or dataclass of tensors `[E, ...]`.
-        targets: for every member the same, `[B, ...]`; any pytrees.
-        member_targets: True where every target is `[E, B, ...]`, member i's being `[i]`.
-        values: keyword arguments of `loss` of which each member has its own, `{name: [E, ...]}`: those of
-            `functorch_ens.cross_entropy`, `{"label_smoothing": torch.linspace(0, 0.2, E)}`.
+        targets: any pytrees of tensors `[B, ...]`, the same for every member.
+        member_targets: True: every target is `[E, B, ...]`, and member i gets `[i]`.
+        values: keyword arguments of `loss` with one value for each member, `{name: [E, ...]}`, such as
+            `{"label_smoothing": torch.linspace(0, 0.2, E)}` for `functorch_ens.cross_entropy`.
 
     Raises:
-        ValueError: a tensor in `outputs` (or, with `member_targets`, in `targets`) has another leading axis than the
-            first, they are empty, one of `values` is not `[E, ...]`, `loss` returns more than one number for a member,
-            or a label is out of range.
+        TypeError: `loss` returns no tensor.
+        ValueError: tensors in `outputs` (or, with `member_targets`, in `targets`) differ in their leading axis or are
+            empty, one of `values` is not `[E, ...]`, `loss` returns more than one number, or a label is out of range.
     """
     stacked, form = take_apart(outputs)
     given, target_form = take_apart(targets)
@@ -75,8 +81,8 @@ def member_losses(
                 ) from error
         error.add_note(
             "functorch_ens: this is the loss of one member, called with outputs[i] of the shapes "
-            f"{[list(tensor.shape[1:]) for tensor in stacked]}; a function that takes numbers, and not tensors, cannot "
-            "be given values of each member's own (functorch_ens.cross_entropy can)"
+            f"{[list(tensor.shape[1:]) for tensor in stacked]}; a loss that takes numbers, and not tensors, cannot use "
+            "values=; functorch_ens.cross_entropy can"
         )
         raise
     if losses.ndim != 1:
@@ -88,7 +94,7 @@ def member_losses(
 
 
 def check_values(values: Mapping[str, Tensor] | None, E: int | None = None) -> dict[str, Tensor]:
-    """`values` as a dict; TypeError or ValueError where they are not `{name: [E, ...]}`, with an E that is known."""
+    """`values` as a dict; TypeError or ValueError where they are not `{name: [E, ...]}`, for any E if that is None."""
     if values is None:
         return {}
     if not isinstance(values, Mapping):
@@ -97,9 +103,9 @@ def check_values(values: Mapping[str, Tensor] | None, E: int | None = None) -> d
 
 
 def _check_labels(labels: Tensor, logits: Tensor, member_axis: int) -> None:
-    """ValueError, with the first of them, where class labels are out of range. The classes: axis 1 of one member.
+    """ValueError, which names the first, where class labels are out of range. Classes are on axis 1 of one member.
 
-    -100 is what torch.nn.functional ignores.
+    torch.nn.functional ignores the label -100.
     """
     if labels.is_floating_point() or logits.ndim < 3 or labels.ndim != logits.ndim - 2 + member_axis:
         return
@@ -115,7 +121,7 @@ def _check_labels(labels: Tensor, logits: Tensor, member_axis: int) -> None:
 def cross_entropy(
     logits: Tensor, y: Tensor, *, label_smoothing: Tensor | float = 0.0, temperature: Tensor | float = 1.0
 ) -> Tensor:
-    """The cross-entropy of one network, a scalar, whose hyperparameters may be tensors: each member then has its own.
+    """The cross-entropy of one network; its hyperparameters may be tensors, so that members can differ in them.
 
     >>> import torch, functorch_ens as fe
     >>> logits, y = torch.zeros(5, 7, 3), torch.zeros(7, dtype=torch.long)
@@ -125,12 +131,13 @@ def cross_entropy(
 
     Args:
         logits: `[B, C]`, or `[B, C, ...]`.
-        y: class labels `[B]`, or `[B, ...]`, integers; those of -100 are left out.
-        label_smoothing: the share of the target that is spread evenly over all C classes, from 0 to 1
-            (Szegedy et al. 2016, as `torch.nn.functional.cross_entropy` has it).
-        temperature: what the logits are divided by, > 0.
+        y: class labels `[B]`, or `[B, ...]`, integers; rows with the label -100 are left out.
+        label_smoothing: the share of the target that is spread evenly over all C classes, from 0 to 1.
+        temperature: divides the logits, > 0.
 
-    Raises: ValueError where one of the last two is a number out of this range. (A tensor is not looked into.)
+    Returns: the mean over the rows, a scalar.
+    Raises: ValueError where `label_smoothing` or `temperature` is a number out of range. Tensors are not checked.
+    Source: Szegedy et al. 2016, arXiv:1512.00567, as in `torch.nn.functional.cross_entropy`.
     """
     if not isinstance(label_smoothing, Tensor) and not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected 0 <= it <= 1, got {label_smoothing!r}")

@@ -1,9 +1,10 @@
-"""torch.optim over the parameters of an ensemble: parameter groups, and what an optimiser trains."""
+"""torch.optim over the parameters of an ensemble: parameter groups, what an optimiser trains, and fused kernels."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch.optim import Optimizer
 
 from functorch_ens.anatomy import rank1_names
 from functorch_ens.checks import check_number, check_of_members
-from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.params.pytree import EnsembleParams, check_is_params
 
-# The devices that have fused kernels for those optimisers of torch.optim that take `fused`.
+# The devices for which torch has fused kernels of all optimisers that take `fused`.
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
@@ -38,15 +39,14 @@ def param_groups(
     [('shared', 0.001, 0.1), ('rank-1', 0.0005, 0.0)]
 
     Args:
-        params: what is to be trained; tensors that need no gradient are left out.
-        rank1_lr_factor: what `lr` is multiplied by for r and s.
-        rank1_weight_decay: the weight decay of r and s, also where the optimiser has one by default (AdamW): none, as
-            in the paper, for it would draw them to 0, and the members' weights with them.
-        values: hyperparameters of the optimiser (`lr`, `weight_decay`, `betas`, ...). A tensor, array or list `[E]` has
-            one for each member (but a list of `betas` is one pair). Each member's tensors are then a group of their
-            own, slices of the stacked ones, which `make_train_step` knows as such; what an optimiser computes over a
-            tensor as a whole is then also of that member alone. Tensors that all members share cannot have E values
-            of anything.
+        params: the parameters to train; tensors that need no gradient are left out.
+        rank1_lr_factor: multiplies `lr` for r and s.
+        rank1_weight_decay: the weight decay of r and s, also where the optimiser decays by default (AdamW). It is 0, as
+            in the paper: decay would pull r and s to 0, and the members' weights with them.
+        values: hyperparameters of the optimiser (`lr`, `weight_decay`, `betas`, ...). A tensor, array or list `[E]`
+            gives one to each member (but a list of `betas` is one pair). Each member's tensors are then a group of
+            slices of the stacked ones, and an optimiser that computes over whole tensors sees one member alone. Shared
+            tensors cannot have E values.
 
     Raises:
         TypeError: `params` is no `EnsembleParams`.
@@ -54,8 +54,7 @@ def param_groups(
 
     Source: Wen, Tran & Ba 2020, arXiv:2002.06715, appendix B.
     """
-    if not isinstance(params, EnsembleParams):
-        raise TypeError(f"params: expected EnsembleParams, got {type(params).__name__}")
+    check_is_params(params)
     factor = check_number(rank1_lr_factor, "rank1_lr_factor", minimum=0.0)
     if factor != 1 and "lr" not in values:
         raise ValueError(f"rank1_lr_factor: expected lr too, which it multiplies, got {factor:g} alone")
@@ -85,7 +84,7 @@ def param_groups(
 
 
 def _groups(kind: str, stacks: list[Tensor], values: dict[str, Any]) -> list[dict[str, Any]]:
-    """One group of `stacks`, or one for each member where a value is `[E]`."""
+    """One group of `stacks`; one for each member where a value is `[E]`."""
     own = {key: value for key, value in values.items() if _by_member(value)}
     if not own:
         return [{"name": kind, "params": stacks, **values}]
@@ -109,26 +108,32 @@ def _by_member(value: Any) -> bool:
 
 
 def _slice(stack: Tensor, i: int) -> Tensor:
-    """Member i's part of `stack`, as a tensor that an optimiser takes; it is the same memory."""
+    """`stack[i]` as an autograd leaf, which an optimiser takes; it shares the memory of `stack`."""
     return stack.detach()[i].requires_grad_()
 
 
 class Trained:
-    """The tensors of an optimiser, as parts of an ensemble's parameters: whole ones, and slices of stacked ones."""
+    """The tensors of an optimiser as parts of an ensemble's parameters: whole tensors, and slices of stacked ones."""
+
+    whole: dict[str, Tensor]
+    """The whole tensors, by name."""
+    slices: list[tuple[str, int, Tensor]]
+    """The slices `stack[i]`: the name of the stack, the member i, and the optimiser's tensor."""
+    params: EnsembleParams
+    """The parameters that are trained."""
+    fixed: EnsembleParams
+    """The others."""
 
     def __init__(self, optimizer: Optimizer, params: EnsembleParams) -> None:
-        if not isinstance(params, EnsembleParams):
-            raise TypeError(f"params: expected EnsembleParams, got {type(params).__name__}")
+        check_is_params(params)
         names = {id(tensor): name for part in params for name, tensor in part.items()}
         if len(names) != len(params.shared) + len(params.stacked):
             raise ValueError(
                 "params: one tensor has two names; tied parameters have one, as named_parameters() gives it"
             )
-        self.whole: dict[str, Tensor] = {}
-        """Those that are whole, by name."""
-        self.slices: list[tuple[str, int, Tensor]] = []
-        """Those that are one member's part of a stack: its name, and whose it is."""
-        tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        self.whole = {}
+        self.slices = []
+        tensors = _held(optimizer)
         others = [tensor for tensor in tensors if id(tensor) not in names]
         places = {_place(stack[i]): (name, i) for name, stack in params.stacked.items() for i in range(len(stack))}
         strange = sum(_place(tensor) not in places for tensor in others)
@@ -153,72 +158,54 @@ class Trained:
             )
             for keep in (True, False)
         )
-        """What is trained, and what is not."""
+
+    def check_stopped(self, stopped: Collection[int], E: int) -> None:
+        """ValueError where members share trained tensors, so that none can stop alone, or a member does not exist."""
+        members, shared = sorted(stopped), self.params.shared
+        if members and shared:
+            raise ValueError(
+                f"stopped: members {members} cannot stop alone, for all share trained tensors, such as "
+                f"{next(iter(shared))}"
+            )
+        if not all(isinstance(member, Integral) and 0 <= member < E for member in members):
+            raise ValueError(f"stopped: expected numbers of members, from 0 to {E - 1}, got {members}")
+
+
+class Finder:
+    """Finds what an optimiser trains of given parameters, and remembers it until either has other tensors."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._last: tuple[list[Any], Trained] | None = None
+
+    def __call__(self, params: EnsembleParams) -> Trained:
+        """What the optimiser trains of `params`."""
+        check_is_params(params)
+        given = [(name, id(t), t.data_ptr(), t.requires_grad) for part in params for name, t in part.items()]
+        key = [given, [id(tensor) for tensor in _held(self._optimizer)]]
+        if self._last is None or self._last[0] != key:
+            self._last = key, Trained(self._optimizer, params)
+        return self._last[1]
+
+
+def _held(optimizer: Optimizer) -> list[Tensor]:
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where in memory a tensor is, and how it lies there."""
+    """The storage, offset, shape and strides of a tensor: two tensors with the same ones are the same numbers."""
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
-def clipped(
-    gradients: dict[str, Tensor],
-    stacked: Collection[str],
-    stopped: Collection[int],
-    max_norm: float,
-    by: str,
-    eps: float = 1e-6,
-) -> dict[str, Tensor]:
-    """The gradients, scaled down where their norm is above `max_norm`, as `torch.nn.utils.clip_grad_norm_` does it.
-
-    By `"member"` each member's own gradients `[i]` have a norm, and those of what all share have one; by `"ensemble"`
-    there is one over all. In that one, members that have stopped, or whose gradients are not finite, do not count.
-    """
-    own = {name: gradient for name, gradient in gradients.items() if name in stacked}
-    squares = [_sum_of_squares(gradient, 1) for gradient in own.values()]  # [E] each
-    members = torch.stack(squares).sum(0) if squares else None
-    rest = [_sum_of_squares(gradient, 0) for name, gradient in gradients.items() if name not in own]
-    shared = torch.stack(rest).sum() if rest else None
-    if by == "ensemble":
-        parts = [] if shared is None else [shared]
-        if members is not None:
-            counts = members.isfinite()
-            counts[sorted(stopped)] = False
-            parts.append(torch.where(counts, members, 0).sum())
-        shared = torch.stack(parts).sum()
-        members = None if members is None else shared.expand_as(members)
-
-    def scale(square: Tensor) -> Tensor:
-        return (max_norm / (square.sqrt() + eps)).clamp(max=1)
-
-    scaled = {}
-    for name, gradient in gradients.items():
-        if name in own:
-            assert members is not None
-            factor = scale(members).reshape(-1, *[1] * (gradient.ndim - 1))
-        else:
-            assert shared is not None
-            factor = scale(shared)
-        scaled[name] = gradient * factor.to(gradient.dtype)
-    return scaled
-
-
-def _sum_of_squares(tensor: Tensor, keep: int) -> Tensor:
-    """Over all axes but the first `keep`; of half precision in float32, which has room for squares."""
-    tensor = tensor.abs()
-    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square()
-    return tensor.sum(tuple(range(keep, tensor.ndim))) if tensor.ndim > keep else tensor
-
-
 def with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """`gradient` laid out as its parameter: Adam's fused kernel for CPUs goes wrong on any other, and says nothing."""
+    """`gradient` with the strides of its parameter: with others Adam's fused CPU kernel silently updates wrongly."""
     if parameter.is_contiguous():
         return gradient.contiguous()
     return torch.empty_like(parameter).copy_(gradient)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its numbers fill a stretch of memory, in any order: fused kernels go over all that is in it."""
+    """Whether a tensor fills its stretch of memory without gaps: fused kernels write to the whole stretch."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != expected:
@@ -228,8 +215,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def use_fused_kernels(optimizer: Optimizer) -> None:
-    """Turn `fused` on where it was left open, as torch itself does not on a CPU."""
-    if optimizer.state:  # kept as the unfused step has begun it
+    """Turn `fused` on where the user left it open; torch itself does so on a GPU only."""
+    if optimizer.state:  # it is laid out for the unfused kernel already
         return
     for group in optimizer.param_groups:
         open_to_it = "fused" in group and group["fused"] is None and not group["foreach"]

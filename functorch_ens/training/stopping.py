@@ -1,4 +1,4 @@
-"""Early stopping, member by member."""
+"""Early stopping of single members."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from functorch_ens.params.pytree import EnsembleParams
 
 
 class Patience:
-    """Watches a value of each member, keeps every member as it was at its best, and says who has waited too long.
+    """Watches one value per member, keeps a copy of each member's best parameters, and names members to stop.
 
-    Members that share trained tensors stand for each other: they are at their best together, by the mean.
+    Members that share trained tensors have their best epoch together, by the mean of their values.
     """
 
     def __init__(self, patience: int, E: int, together: bool) -> None:
@@ -27,11 +27,11 @@ class Patience:
         self._buffers: dict[str, Tensor] = {}
 
     def look(self, values: Tensor, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> list[int]:
-        """The members that are to stop, by `values` `[E]`, of which less is better."""
+        """The members that should stop, given this epoch's `values` `[E]`; less is better."""
         values = values.detach().double().cpu()
         if self._together:
             values = values.mean().expand_as(values)
-        better = (values < self._best) & (self._waited < self.epochs)  # nan is not less; who has stopped is done
+        better = (values < self._best) & (self._waited < self.epochs)  # False for nan and stopped members
         self._best = torch.where(better, values, self._best)
         self._waited = torch.where(better, 0, self._waited + 1)
         rows = better.nonzero().flatten().tolist()
@@ -43,13 +43,13 @@ class Patience:
         return (self._waited >= self.epochs).nonzero().flatten().tolist()
 
     def put_back(self, params: EnsembleParams) -> dict[str, Tensor]:
-        """Make every member in `params`, in place, what it was at its best, and return the buffers of then."""
+        """Write the best parameters of every member into `params`, and return its best buffers."""
         if self._kept is not None:
             self._move(self._kept, params, list(range(params.E)))
         return dict(self._buffers)
 
     def _move(self, source: EnsembleParams, target: EnsembleParams, rows: list[int]) -> None:
-        """The members `rows`, and what is shared where it is trained: else it is the same in both."""
+        """Copy the members `rows`, and the shared tensors if they are trained (else they are equal already)."""
         _move_rows(source.stacked, target.stacked, rows)
         if self._together:
             with torch.no_grad():
@@ -60,14 +60,14 @@ class Patience:
         return {"best": self._best, "waited": self._waited, "kept": self._kept, "buffers": self._buffers}
 
     def load_state_dict(self, state: Mapping[str, Any], params: EnsembleParams, buffers: Mapping[str, Tensor]) -> None:
-        """Go on from `state`; what is kept goes to where `params` and `buffers` are."""
+        """Go on from `state`; its tensors are moved to the devices of `params` and `buffers`."""
         self._best, self._waited = state["best"], state["waited"]
         if state["kept"] is not None:
             self._kept, self._buffers = _copied(state["kept"], params), _copied(state["buffers"], buffers)
 
 
 def _copied(source: Any, like: Any) -> Any:
-    """New tensors with the values of `source`, of the dtypes and on the devices of `like`."""
+    """A copy of `source` with the dtypes and devices of `like`."""
     return pytree.tree_map(lambda s, t: s.detach().to(t, copy=True), source, like)
 
 

@@ -1,4 +1,4 @@
-"""A step of an optimiser by given gradients, for all members at once, or for some of them after others."""
+"""A step of an optimiser by given gradients: for all members at once, or for one part of them after another."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from functorch_ens.training.optim import Trained, is_dense
 
-# What these compute of a number depends on no other number of its tensor. (Not so a subclass, which may do anything.)
+# These update each number of a tensor independently of the others. (A subclass may do anything.)
 _BY_NUMBER = (
     torch.optim.Adadelta,
     torch.optim.Adagrad,
@@ -29,35 +28,41 @@ _BY_NUMBER = (
     torch.optim.SGD,
 )
 
-# Tensors that have fewer bytes a member, on average, are copied in less time than it takes to exchange them.
 SMALL = 2**17
+"""With fewer bytes in a member's tensor, on average, copying its gradient takes less time than an update by parts."""
 
 
 def can_be_parted(optimizer: Optimizer, trained: Trained) -> bool:
-    """Whether steps for some members after others are one step for all, and worth it.
+    """Whether updating part by part equals one update of all members, and is faster.
 
-    Each member must have its own of all that is trained, and the optimiser compute number by number. Hooks would see
-    parts. Fused kernels write to all that lies between the first and last number of a tensor, so those of a member must
-    lie together.
+    It is equal where everything trained is stacked and the optimiser updates number by number. Hooks would see parts.
+    Fused kernels write to the whole stretch of memory of a tensor, so each member's numbers must be dense.
     """
     stacks = trained.params.stacked.values()
-    hooks = (
-        *(optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks),
-        *(_global_optimizer_pre_hooks, _global_optimizer_post_hooks),
-    )
     return (
         type(optimizer) in _BY_NUMBER
         and not trained.params.shared
         and not trained.slices
         and sum(stack.nbytes // len(stack) for stack in stacks) >= SMALL * len(stacks)
-        and not any(hooks)
+        and not _has_hooks(optimizer)
         and not any(group["differentiable"] for group in optimizer.param_groups)
         and all(is_dense(stack[:1]) for stack in stacks)
     )
 
 
+def _has_hooks(optimizer: Optimizer) -> bool:
+    """Whether hooks are registered on the steps of this optimiser or of all; True where torch does not say."""
+    try:
+        from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+        own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    except (ImportError, AttributeError):  # both are private names of torch
+        return True
+    return any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
+
+
 class Update:
-    """One step of `optimizer`: called once, or for rows of members one after another, which are all members once."""
+    """One step of `optimizer`: call it once for all members, or once for each part of them, in order."""
 
     def __init__(self, optimizer: Optimizer, trained: Trained) -> None:
         self._optimizer = optimizer
@@ -66,12 +71,12 @@ class Update:
         self._new: defaultdict[str, dict[str, Any]] = defaultdict(dict)
 
     def __call__(self, gradients: dict[str, Tensor], stopped: Collection[int] = (), rows: slice | None = None) -> None:
-        """Update all that has gradients, but not the members that have `stopped`.
+        """Update the parameters that have gradients.
 
         Args:
-            gradients: by the name of the parameter.
-            stopped: members.
-            rows: of which members the gradients are, `{name: [k, ...]}`; None: of all.
+            gradients: by the name of the parameter; `[k, ...]` for the members `rows`.
+            stopped: members that stay as they are.
+            rows: the members of this part. None: all.
         """
         first, end = (0, None) if rows is None else (rows.start, rows.stop)
         still = [i - first for i in sorted(stopped) if i >= first and (end is None or i < end)]
@@ -95,9 +100,10 @@ class Update:
 
     @contextmanager
     def _exchanged(self, whole: dict[str, Tensor], parts: dict[str, Tensor], rows: slice) -> Iterator[None]:
-        """While this lasts, the optimiser holds `rows` of its stacks and of their state, which are the same memory.
+        """A `with` block in which the optimiser holds the slices `rows` of its stacks and of their state.
 
-        What a step adds to the state is put there when all rows are done, so that an error leaves none of it half made.
+        Slices share memory with their stacks. New state of a step is stored after the last part, so that an error in
+        between leaves none of it half made.
         """
         optimizer = self._optimizer
         state, held = optimizer.state, [group["params"] for group in optimizer.param_groups]
@@ -123,39 +129,39 @@ class Update:
                 state[whole[name]].update(self._new[name])
 
     def _keep(self, name: str, key: str, value: Any, rows: slice) -> None:
-        """Of the state of a stack, what the step has left in that of its `rows`."""
+        """Merge one value of the state of a slice into the state of its stack."""
         stack = self._trained.whole[name]
-        before, new = self._before[name].get(key), self._new[name]  # SGD without momentum has None before
+        before, new = self._before[name].get(key), self._new[name]  # SGD without momentum stores None
         if isinstance(value, Tensor) and value.shape == stack[rows].shape:
             if before is None:
                 if key not in new:
                     new[key] = torch.zeros_like(stack, dtype=value.dtype)
                 before = new[key]
-            if before[rows].data_ptr() != value.data_ptr():  # it is new, and was not updated in place
+            if before[rows].data_ptr() != value.data_ptr():  # a new tensor: it was not updated in place
                 before[rows] = value
         elif isinstance(before, Tensor):
-            if rows.stop == len(stack):  # the number of steps, which is the same for all rows
+            if rows.stop == len(stack):  # a count of steps, the same for all members
                 before.copy_(value)
         else:
             new[key] = value
 
 
 def _of(rows: slice, value: Any, stack: Tensor) -> Any:
-    """What `rows` have of a `value` in the state of a stack."""
+    """The part of a `value` in the state of a stack that belongs to `rows`; a copy of what is not stacked."""
     if not isinstance(value, Tensor):
         return value
     return value[rows] if value.shape == stack.shape else value.clone()
 
 
 def _zero_in(gradient: Tensor, rows: list[int]) -> Tensor:
-    """`gradient` without that of `rows`, which may be nan: an optimiser would keep it in its state."""
+    """A copy of `gradient`, 0 in `rows`: a nan there would stay in the state of the optimiser."""
     gradient = gradient.clone()
     gradient[rows] = 0
     return gradient
 
 
 def _apart(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients, each in memory of its own: two may be one tensor (of a + b), which a hook could clip twice."""
+    """The gradients, each in its own memory: those of a + b are one tensor, which a hook could clip twice."""
     places = set()
     for name, gradient in gradients.items():
         if gradient.data_ptr() in places:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
 from functorch_ens.training import update as updates
+from functorch_ens.training.step import advance, gradients_in_place
 
 BACKEND = compiler()
 
@@ -114,7 +115,7 @@ def test_partly_is_wholly(
         for number in range(4):
             x, y = _batch()
             if at_once or (whole_first and number == 0):
-                found = step.compute(params, x.to(dtype), y, buffers=buffers)
+                found = gradients_in_place(step, params, x.to(dtype), y, buffers=buffers)
                 buffers = step.update(params, found, buffers)
                 losses.append(found.losses)
             else:
@@ -146,7 +147,7 @@ def test_an_optimiser_that_begins_a_state_later() -> None:
             optimizer.param_groups[0]["momentum"] = 0.9 if number else 0.0
             batch = _batch()
             if at_once:
-                step.update(params, step.compute(params, *batch))
+                step.update(params, gradients_in_place(step, params, *batch))
             else:
                 step(params, *batch)
         runs.append((tree_leaves(params), _state(optimizer)))
@@ -274,7 +275,7 @@ def test_a_first_step_that_fails_half_way_leaves_no_state(optimiser: str) -> Non
     whole = fe.make_train_step(forward, F.cross_entropy, other, compile=False)
     for _ in range(2):
         step(params, x, y)
-        whole.update(start, whole.compute(start, x, y))
+        whole.update(start, gradients_in_place(whole, start, x, y))
     assert_same((tree_leaves(params), _state(optimizer)), (tree_leaves(start), _state(other)), tolerance=1e-12)
 
 
@@ -304,7 +305,7 @@ def test_members_that_stop_when_their_losses_are_seen_stay_as_they_were() -> Non
             firsts.append(first)  # noqa: B023
             step.stopped.update({1} & set(range(first, first + len(losses))))  # noqa: B023
 
-        _, new = step.run(params, _batch(), buffers, {}, look)
+        _, new = advance(step, params, _batch(), buffers, {}, look)
         assert firsts == seen
         for now, before in (
             *((params.stacked[name].detach(), start.stacked[name].detach()) for name in params.stacked),
@@ -329,7 +330,7 @@ def test_a_stopped_member_leaves_no_nan_in_the_state() -> None:
         x, y = randn(2, 6, 3), torch.randint(4, (2, 6))
         x[1] = float("nan")
         step.stopped = {1}
-        found = step.compute(params, x, y)
+        found = gradients_in_place(step, params, x, y)
         assert found.gradients["1.weight"][1].isnan().all()
         step.update(params, found)
         assert found.gradients["1.weight"][1].isnan().all()  # it is the caller's
@@ -352,7 +353,7 @@ def test_compiled_parts_are_updated_as_the_whole() -> None:
         for _ in range(3):
             batch = _batch()
             if at_once:
-                buffers = step.update(params, step.compute(params, *batch, buffers=buffers), buffers)
+                buffers = step.update(params, gradients_in_place(step, params, *batch, buffers=buffers), buffers)
             else:
                 _, buffers = step(params, *batch, buffers=buffers)
         runs.append((tree_leaves(params), buffers, _state(optimizer)))

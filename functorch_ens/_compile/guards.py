@@ -1,0 +1,163 @@
+"""Which guards of Dynamo a compiled method can do without.
+
+Before every call Dynamo looks at everything that it read while it traced the method. For a forward these are thousands
+of guards, which take longer than a small step. Most are on objects that never change: those that a forward has made for
+itself, and the code of torch and of this package. Their guards are dropped. The guards on the user's model, its classes
+and functions, the loss and the arguments are kept.
+"""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from functorch_ens._compile.optional import optional
+
+PACKAGES = frozenset(("builtins", "collections", "contextlib", "einops", "functorch_ens", "torch"))
+"""Packages whose modules, classes and functions do not change while a program runs."""
+
+Filter = Callable[[Sequence[Any]], Sequence[bool]]
+
+
+def with_own_code(method: Callable[..., Any]) -> MethodType:
+    """`method` with a copy of its code.
+
+    Dynamo caches what it compiles per code object, and finds the right entry by the guards. Without the dropped guards
+    it could not tell two objects apart, so each has code of its own.
+    """
+    bound: Any = method
+    function: FunctionType = bound.__func__
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return MethodType(own, bound.__self__)
+
+
+def filter_for(method: Callable[..., Any], made: Collection[object], theirs: Filter | None = None) -> Filter:
+    """The guard filter, for torch.compile, of a bound `method`.
+
+    Args:
+        method: the method to be compiled.
+        made: objects that its object holds and never changes.
+        theirs: the user's own filter, which drops guards too.
+    """
+    bound: Any = method
+    function: FunctionType = bound.__func__
+    paths = _Paths(function.__code__.co_varnames[0], bound.__self__, made)
+    globals_ = function.__globals__
+    own = frozenset(name for name in globals_ if not name.startswith("__"))  # Dynamo's additions begin with __
+
+    def keep(guards: Sequence[Any]) -> Sequence[bool]:
+        kept = [True] * len(guards) if theirs is None else list(theirs(guards))
+        with optional("fewer guards"):
+            kept = [
+                keep and guard.name not in paths and not _is_of_packages(guard.name, globals_, own)
+                for keep, guard in zip(kept, guards, strict=True)
+            ]
+        return kept
+
+    return keep
+
+
+class _Paths:
+    """The names by which Dynamo reaches given objects from a variable: `name in paths` for them and what they hold.
+
+    The names are found by walking through the attributes and containers of the objects of this package.
+    """
+
+    def __init__(self, variable: str, value: object, made: Collection[object]) -> None:
+        self._made = {id(each) for each in made}
+        self._within: set[str] = set()
+        """The names of the objects themselves; all that they hold never changes either."""
+        self._ahead: set[str] = set()
+        """The names of what holds them; other things that these hold may change."""
+        self._seen: set[int] = set()
+        self._walk(variable, value)
+
+    def _walk(self, name: str, value: object) -> bool:
+        """Whether `value` is, or holds, one of the objects."""
+        if id(value) in self._made:
+            self._within.add(name)
+            return True
+        if id(value) in self._seen:
+            return False
+        self._seen.add(id(value))
+        found = [self._walk(name + step, child) for step, child in _children(value)]
+        if any(found):
+            self._ahead.add(name)
+        return any(found)
+
+    def __contains__(self, name: str) -> bool:
+        if name in self._ahead:
+            return True
+        for step in _STEP.finditer(name):
+            if name[: step.start()] in self._within:
+                return not _OF_FUNCTIONS.search(name, step.start())
+        return False
+
+
+_STEP = re.compile(r"[.\[]|$")
+
+# A template and the user's model share functions, and so all that these refer to.
+_OF_FUNCTIONS = re.compile("__(closure|code|defaults|kwdefaults|globals|func|self)__")
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object of this package or a container holds, each with the step that Dynamo's name takes to it."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from ((f".{field}", getattr(value, field)) for field in value._fields)
+    elif isinstance(value, list | tuple):
+        yield from ((f"[{index}]", child) for index, child in enumerate(value))
+    elif isinstance(value, dict):
+        yield from ((f"[{key!r}]", child) for key, child in value.items())
+    elif _package(type(value)) == "functorch_ens" and not isinstance(value, nn.Module):
+        yield from ((f".{attribute}", child) for attribute, child in getattr(value, "__dict__", {}).items())
+
+
+# `dict(...)`, `type(...)`, `list(dict.keys(...))`: how Dynamo names what it reads of a class or a dict.
+_GLOBAL = re.compile(
+    r"(?:(?:dict|type|list|dict\.keys)\()*(?:G\['([^']+)'\](?:\['([^']+)'\])?|__import__\('([^']+)'\))"
+)
+
+
+def _is_of_packages(name: str, globals_: dict[str, Any], own: Collection[str]) -> bool:
+    """Whether a guard is on what one of PACKAGES defines.
+
+    Args:
+        name: Dynamo's name of the guarded object.
+        globals_: `G` in these names: the globals of the compiled function, to which Dynamo adds modules and scopes.
+        own: the globals that the function's module, a module of this package, has defined itself.
+    """
+    match = _GLOBAL.match(name)
+    if match is None:
+        return False
+    variable, key, module = match.groups()
+    if module is not None:
+        return module.partition(".")[0] in PACKAGES
+    if variable in own:
+        return True
+    value = globals_.get(variable)
+    if isinstance(value, ModuleType):
+        return _package(value) in PACKAGES
+    # The builtins, and the scopes of functions made by exec: the constructors of named tuples are some of these.
+    return isinstance(value, dict) and key in value and _package(value[key]) == builtins.__name__
+
+
+def _package(value: object) -> str:
+    """The package that defines a module, class or function; "" for anything else."""
+    if isinstance(value, BuiltinFunctionType) and isinstance(value.__self__, type):  # tuple.__new__
+        return _package(value.__self__)
+    if isinstance(value, ModuleType):
+        return value.__name__.partition(".")[0]
+    if isinstance(value, type | FunctionType | BuiltinFunctionType):
+        return (value.__module__ or "").partition(".")[0]
+    return ""

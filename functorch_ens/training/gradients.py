@@ -1,0 +1,245 @@
+"""The first half of a train step: the gradients of all members, and functions around their computation.
+
+`Objective` computes them and is the only code that gets compiled. The other functions call it, or a compiled form of
+it, for the parts of a batch, or for some members after others, and clip what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from functorch_ens.checks import shown
+from functorch_ens.forward.call import check_member_axis
+from functorch_ens.forward.forward import Forward
+from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.training.losses import Loss, member_losses
+from functorch_ens.training.optim import with_strides_of
+from functorch_ens.trees import take_apart
+
+
+class Prepare(Protocol):
+    """`prepare(*batch)` returns a tuple: the inputs of the model, and then the target."""
+
+    def __call__(self, *batch: Any) -> tuple[Any, ...]: ...
+
+
+class Gradients(NamedTuple):
+    """What a train step computes before it updates the parameters."""
+
+    gradients: dict[str, Tensor]
+    """The gradients of the summed (or averaged) losses, by the name of the parameter."""
+    losses: Tensor
+    """The loss of each member, `[E]`."""
+    buffers: dict[str, Tensor]
+    """The new buffers, `{name: [E, ...]}`."""
+
+
+class Work(NamedTuple):
+    """The arguments of one computation of gradients."""
+
+    trained: EnsembleParams
+    fixed: EnsembleParams
+    buffers: Mapping[str, Tensor] | None
+    values: dict[str, Tensor]
+    """Keyword arguments of the loss, one value for each member: `{name: [E, ...]}`."""
+    batch: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def part(self, rows: slice, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Work:
+        """The members `rows`: their slices of every stacked tensor, with their `batch` and `kwargs`."""
+
+        def of(stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: stack[rows] for name, stack in stacks.items()}
+
+        trained, fixed = (params._replace(stacked=of(params.stacked)) for params in (self.trained, self.fixed))
+        buffers = None if self.buffers is None else of(self.buffers)
+        return Work(trained, fixed, buffers, of(self.values), batch, kwargs)
+
+
+Compute = Callable[[int, Work, bool], Gradients]
+"""`Objective.__call__`, compiled or not."""
+
+
+class Objective:
+    """The losses of all members and their gradients, as one pure function: forward, loss, reduction, autocast."""
+
+    def __init__(
+        self, forward: Forward, loss: Loss, reduction: str, prepare: Prepare | None, autocast: torch.dtype | None
+    ) -> None:
+        self.forward = forward
+        self._loss = loss
+        self._reduction = reduction
+        self._prepare = prepare
+        self._autocast = autocast
+
+    def __call__(self, E: int, work: Work, prepared: bool) -> Gradients:
+        """The gradients of the members in `work`.
+
+        Args:
+            E: the number of members of the whole ensemble, by which `reduction="mean"` divides.
+            work: what to compute with; some of the members, or all.
+            prepared: whether `prepare` has been called on the batch already.
+        """
+        trained, fixed, buffers, values, batch, kwargs = work
+        *inputs, target = batch if prepared else self.prepared(batch)
+
+        def total(trained: EnsembleParams) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+            params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
+            with self._precision(params.stacked.values()):
+                outputs = self.forward(params, *inputs, buffers=buffers, **kwargs)
+                outputs, new = (outputs, {}) if buffers is None else outputs
+                own = self.forward.member_inputs
+                losses = member_losses(self._loss, outputs, target, member_targets=own, values=values)
+            return losses.sum() if self._reduction == "sum" else losses.sum() / E, (losses, new)
+
+        slopes, (losses, new) = grad(total, has_aux=True)(trained)
+        tensors, slopes = ({**params.shared, **params.stacked} for params in (trained, slopes))
+        laid_out = {name: with_strides_of(tensors[name], slope) for name, slope in slopes.items()}
+        return Gradients(laid_out, losses, new)
+
+    def prepared(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`prepare(*batch)`, or the batch itself: the inputs of the model, and then the target."""
+        if self._prepare is not None:
+            batch = self._prepare(*batch)
+        if not isinstance(batch, tuple) or not batch:
+            where = "the batch" if self._prepare is None else "prepare: the batch that it returns"
+            raise TypeError(f"{where}: expected a tuple, the inputs of the model and the target, got {shown(batch)}")
+        return batch
+
+    def _precision(self, tensors: Iterable[Tensor]) -> Any:
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(next(iter(tensors)).device.type, dtype=self._autocast)
+
+
+def accumulated(compute: Callable[[Work], Gradients], work: Work, parts: int, axis: int) -> Gradients:
+    """The mean of the gradients of `parts` equal parts of the batch, cut along `axis`, and the buffers after the last.
+
+    Raises: ValueError where the tensors of the batch have no common length that is a multiple of `parts`.
+    """
+    tensors, form = take_apart(work.batch)
+    length = {tensor.shape[axis] if tensor.ndim > axis else None for tensor in tensors}
+    if len(length) != 1 or (size := length.pop()) is None or size % parts:
+        raise ValueError(
+            f"accumulate: expected tensors with one length that is a multiple of {parts} on axis {axis}"
+            f", got the shapes {[list(tensor.shape) for tensor in tensors]}"
+        )
+    total: Gradients | None = None
+    for some in zip(*(tensor.chunk(parts, axis) for tensor in tensors), strict=True):
+        batch, buffers = form.rebuild(iter(some)), work.buffers if total is None else total.buffers
+        found = compute(work._replace(batch=batch, buffers=work.buffers and buffers))
+        # Out of place: the next computation may write to the memory of these results.
+        shares = {name: value / parts for name, value in found.gradients.items()}
+        losses = found.losses / parts
+        if total is not None:
+            shares = {name: value + total.gradients[name] for name, value in shares.items()}
+            losses = losses + total.losses
+        total = Gradients(shares, losses, {name: buffer.clone() for name, buffer in found.buffers.items()})
+    assert total is not None
+    return total
+
+
+def by_parts(
+    compute: Compute, objective: Objective, params: EnsembleParams, work: Work, size: int
+) -> Iterator[tuple[slice, Gradients]]:
+    """The gradients of `size` members at a time: one graph serves all parts, and its memory is that of one part.
+
+    Use or copy a part before the next is asked for: CUDA graphs write the results of the next into the same memory.
+    """
+    forward = objective.forward
+    E = forward.check(params, work.buffers)  # here, because slices hide a member axis that is too long
+    with torch.no_grad():
+        # Once for all parts: `prepare` may be random, and its index may pick the members' own data.
+        batch = objective.prepared(work.batch)
+    inputs, form = take_apart((batch, work.kwargs))
+    if forward.member_inputs:
+        check_member_axis(inputs, E)
+    for start in range(0, E, size):
+        rows = slice(start, min(start + size, E))
+        given = form.rebuild(iter(x[rows] if forward.member_inputs else x for x in inputs))
+        yield rows, compute(E, work.part(rows, *given), True)
+
+
+def collected(parts: Iterator[tuple[slice, Gradients]], work: Work, scratch: dict[str, Tensor]) -> Gradients:
+    """The gradients of all members, put together from `parts`.
+
+    Stacked ones are written to `scratch`, which the next call may use again: fresh large allocations page-fault on
+    every step.
+    """
+    for name, tensor in work.trained.stacked.items():
+        if name not in scratch or not _alike(scratch[name], tensor):
+            scratch[name] = torch.empty_like(tensor)
+    gradients = {name: scratch[name] for name in work.trained.stacked}
+    losses: list[Tensor] = []
+    new = {name: torch.empty_like(buffer) for name, buffer in (work.buffers or {}).items()}
+    for rows, found in parts:
+        losses.append(found.losses.clone())
+        for whole, values in ((gradients, found.gradients), (new, found.buffers)):
+            for name, value in values.items():
+                if name not in work.trained.shared:
+                    whole[name][rows] = value
+                elif name in whole:
+                    whole[name] += value
+                else:
+                    whole[name] = value.clone()
+        del found  # frees its memory before the next part is computed
+    return Gradients(gradients, torch.cat(losses), new)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+def clipped(
+    gradients: dict[str, Tensor],
+    stacked: Collection[str],
+    stopped: Collection[int],
+    max_norm: float,
+    by: str,
+    eps: float = 1e-6,
+) -> dict[str, Tensor]:
+    """The gradients, scaled down where their norm is above `max_norm`, as `torch.nn.utils.clip_grad_norm_` does it.
+
+    `"member"`: the stacked gradients `[i]` of each member have a norm, and the shared ones have one together.
+    `"ensemble"`: all have one norm, in which members that have stopped or are not finite do not count.
+    """
+    own = {name: gradient for name, gradient in gradients.items() if name in stacked}
+    squares = [_sum_of_squares(gradient, 1) for gradient in own.values()]  # [E] each
+    members = torch.stack(squares).sum(0) if squares else None
+    rest = [_sum_of_squares(gradient, 0) for name, gradient in gradients.items() if name not in own]
+    shared = torch.stack(rest).sum() if rest else None
+    if by == "ensemble":
+        parts = [] if shared is None else [shared]
+        if members is not None:
+            counts = members.isfinite()
+            counts[sorted(stopped)] = False
+            parts.append(torch.where(counts, members, 0).sum())
+        shared = torch.stack(parts).sum()
+        members = None if members is None else shared.expand_as(members)
+
+    def scale(square: Tensor) -> Tensor:
+        return (max_norm / (square.sqrt() + eps)).clamp(max=1)
+
+    scaled = {}
+    for name, gradient in gradients.items():
+        if name in own:
+            assert members is not None
+            factor = scale(members).reshape(-1, *[1] * (gradient.ndim - 1))
+        else:
+            assert shared is not None
+            factor = scale(shared)
+        scaled[name] = gradient * factor.to(gradient.dtype)
+    return scaled
+
+
+def _sum_of_squares(tensor: Tensor, keep: int) -> Tensor:
+    """The sum over all axes but the first `keep`; in float32 for half precision, in which squares overflow."""
+    tensor = tensor.abs()
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).square()
+    return tensor.sum(tuple(range(keep, tensor.ndim))) if tensor.ndim > keep else tensor
