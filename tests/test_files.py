@@ -50,9 +50,10 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
 
 def test_the_content_is_on_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("fsync", "replace"):
+    own: Any
+    for name, own in (("fsync", os.fsync), ("replace", os.replace)):
 
-        def recorded(*args: Any, name: str = name, own: Any = getattr(os, name)) -> None:
+        def recorded(*args: Any, name: str = name, own: Any = own) -> None:
             calls.append(name)
             own(*args)
 
