@@ -1,16 +1,15 @@
-"""The job that notebooks on BatchEnsemble do, their way and with functorch_ens: an epoch, and an evaluation.
+"""Time the job of the BatchEnsemble notebooks, one epoch and one evaluation, done their way and with functorch_ens.
 
-    python benchmarks/notebook_job.py                      generated images, or CIFAR-10 where --data-dir has it
-    python benchmarks/notebook_job.py --images 5000        a tenth of it
+    python benchmarks/notebook_job.py                      CIFAR-10 if --data-dir has it, else generated images
+    python benchmarks/notebook_job.py --images 5000        a tenth of the images
 
-An MLP 3072-128-128-10 is trained for one epoch, as a BatchEnsemble and as a classic ensemble of E = 5, with batches of
-32 and Adam at 1e-3, and evaluated. The notebook's way: PIL images through ToTensor and Normalize in a DataLoader with
-two workers, ordinary modules, loops over members. A classic ensemble is E networks that are trained apart: in "runs",
-one after another over the data; in "one pass", all of them on each batch, so that the data is loaded once. This
-library's way: the images held as bytes, a compiled step. What differs is how it is computed: the networks, the size of
-the batches and the number of steps are the same.
+Each contender trains an MLP 3072-128-128-10 for one epoch, with batches of 32 and Adam at 1e-3, once as a BatchEnsemble
+and once as a classic ensemble of E = 5. The notebook's way: PIL images through ToTensor and Normalize in a DataLoader
+with two workers, ordinary modules, a Python loop over members. Its classic ensemble trains E networks either in "runs",
+one network after another, or in "one pass", all of them on each batch, which loads the data once. This library's way:
+all images in one uint8 tensor, and one compiled step. Networks, batch size and number of steps are the same.
 
-Every run compiles anew, unless TORCHINDUCTOR_CACHE_DIR names a folder where torch keeps what it has compiled.
+Every run compiles again, unless the environment variable TORCHINDUCTOR_CACHE_DIR names a folder with torch's cache.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))  # every compilation is timed
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))  # compilation is timed
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import torch
 import torch.nn.functional as F
-from data import Split, normalise
+from data import Split, as_split, normalise
 from einops import rearrange
-from measure import aligned, check_folders, machine, positive, write_json
+from measure import machine, parsed, positive, write_json
 from models import mlp
 from PIL import Image
 from rivals import NotebookEnsemble, adam, member_after_member
@@ -43,6 +42,7 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 import functorch_ens as fe
+from functorch_ens.tables import aligned
 
 SIZES = (3072, 128, 128, 10)
 BATCH, CLASSIC = "BatchEnsemble", "classic ensemble"
@@ -51,7 +51,7 @@ LIBRARY, EAGER = "functorch_ens", "functorch_ens, not compiled"
 
 
 class AsPIL(Dataset[tuple[Tensor, int]]):
-    """Images one by one, as torchvision's data sets give them."""
+    """One PIL image per item, as in torchvision's data sets."""
 
     def __init__(self, data: Split) -> None:
         self._arrays = rearrange(data.images, "n c h w -> n h w c").numpy()
@@ -66,7 +66,7 @@ class AsPIL(Dataset[tuple[Tensor, int]]):
 
 
 class Outcome(NamedTuple):
-    """The seconds of each part, and the accuracy of the ensemble."""
+    """The seconds of each part of the job, and the accuracy of the ensemble."""
 
     train: float
     compile: float
@@ -79,20 +79,17 @@ class Outcome(NamedTuple):
 
 
 def cifar10(folder: Path) -> tuple[Split, Split] | None:
-    """CIFAR-10 where it is in `folder`; None where it is not."""
+    """Load CIFAR-10 from `folder`; None if it is not there."""
     try:
         parts = [datasets.CIFAR10(str(folder), train=train) for train in (True, False)]
-    except RuntimeError:  # torchvision's word for "not found"
+    except RuntimeError:  # torchvision did not find the files
         return None
-    train, test = (
-        Split(rearrange(torch.from_numpy(part.data), "n h w c -> n c h w").contiguous(), torch.tensor(part.targets))
-        for part in parts
-    )
+    train, test = map(as_split, parts)
     return train, test
 
 
 def generated(count: int, source: torch.Generator) -> Iterator[Split]:
-    """A training and a test set, a fifth of its size: ten classes, each a pattern under noise."""
+    """Generate `count` training images, and a fifth as many for testing: ten classes, each a noisy pattern."""
     patterns = torch.randint(256, (10, 3, 32, 32), generator=source).float()
     for size in (count, max(1, count // 5)):
         labels = torch.randint(10, (size,), generator=source)
@@ -100,12 +97,17 @@ def generated(count: int, source: torch.Generator) -> Iterator[Split]:
         yield Split((0.04 * patterns[labels] + 0.96 * noise).byte(), labels)
 
 
+def hits(logits: Tensor, y: Tensor) -> int:
+    """The number of correct predictions of the ensemble, from `logits` `[E, B, C]`."""
+    return int((logits.softmax(-1).mean(0).argmax(-1) == y).sum())
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The notebook's way
 
 
 def by_loops(kind: str, train: Split, test: Split, args: argparse.Namespace, one_pass: bool = True) -> Outcome:
-    """Ordinary modules, a DataLoader, and a loop over members: in each batch (`one_pass`), or over whole runs."""
+    """Train ordinary modules from a DataLoader; loop over members within each batch (`one_pass`) or over whole runs."""
     E = args.members
     if kind == BATCH:
         models: list[nn.Module] = [NotebookEnsemble(SIZES, E)]
@@ -126,8 +128,7 @@ def by_loops(kind: str, train: Split, test: Split, args: argparse.Namespace, one
     right = 0
     with torch.no_grad():
         for x, y in load(AsPIL(test)):
-            logits = models[0](x) if kind == BATCH else torch.stack([model(x) for model in models])
-            right += int((logits.softmax(-1).mean(0).argmax(-1) == y).sum())
+            right += hits(models[0](x) if kind == BATCH else torch.stack([model(x) for model in models]), y)
     return Outcome(seconds, 0.0, time.perf_counter() - start - seconds, right / len(test.labels))
 
 
@@ -136,7 +137,7 @@ def by_loops(kind: str, train: Split, test: Split, args: argparse.Namespace, one
 
 
 def by_library(kind: str, train: Split, test: Split, args: argparse.Namespace, compile: bool = True) -> Outcome:
-    """One step for all members, compiled or not, on images that are held as bytes."""
+    """Train all members with one step, compiled or not, on images in one uint8 tensor."""
     model, E = mlp(SIZES[0], SIZES[-1]), args.members
     params = fe.batchensemble_params(model, E) if kind == BATCH else fe.ensemble_params(model, E)
     reduction = "mean" if kind == BATCH else "sum"
@@ -149,7 +150,7 @@ def by_library(kind: str, train: Split, test: Split, args: argparse.Namespace, c
         reduction=reduction,
         prepare=lambda index: (normalise(train.images[index]), train.labels[index]),
     )
-    # The last, smaller batch is not worth a compilation.
+    # The last batch is smaller. Run it eagerly: another shape would be another compilation.
     step, last_step = make_step(compile=compile), make_step(compile=False)
     batches = torch.randperm(len(train.labels)).split(args.batch_size)
 
@@ -163,8 +164,7 @@ def by_library(kind: str, train: Split, test: Split, args: argparse.Namespace, c
     right = 0
     with torch.no_grad():
         for images, y in zip(test.images.split(500), test.labels.split(500), strict=True):
-            logits = forward(params, normalise(images))
-            right += int((logits.softmax(-1).mean(0).argmax(-1) == y).sum())
+            right += hits(forward(params, normalise(images)), y)
     return Outcome(trained - compiled, compiled - start, time.perf_counter() - trained, right / len(test.labels))
 
 
@@ -183,10 +183,10 @@ JOBS: dict[tuple[str, str], Callable[..., Outcome]] = {
 
 
 def table(outcomes: dict[tuple[str, str], Outcome]) -> str:
-    """The seconds of each way; how many times as fast this library's are as the notebook's, with compilation."""
+    """Format the seconds of each contender, and the speed of this library relative to the notebook's way."""
     head = ["", "train s", "compile s", "evaluate s", "total s", "accuracy", "than one pass", "than runs"]
     sums = {key: [outcome] for key, outcome in outcomes.items()}
-    for way in (RUNS, ONE_PASS, EAGER, LIBRARY):  # a BatchEnsemble is one run, and one pass
+    for way in (RUNS, ONE_PASS, EAGER, LIBRARY):  # a BatchEnsemble is one run and one pass alike
         sums["both", way] = [outcomes.get((BATCH, way), outcomes[BATCH, ONE_PASS]), outcomes[CLASSIC, way]]
     rows = [head]
     for (kind, way), parts in sums.items():
@@ -200,20 +200,25 @@ def table(outcomes: dict[tuple[str, str], Outcome]) -> str:
                 if way == LIBRARY:
                     ratios[i] += f" ({whole / seconds[-1]:.1f})"
         rows.append([f"{kind}, {way}", *(f"{value:.2f}" for value in seconds), accuracy, *ratios])
-    return f"{aligned(rows)}\n\nTimes as fast: without compilation (with it)."
+    return f"{aligned(rows)}\n\nLast two columns: how many times as fast, without the time of compilation (with it)."
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where CIFAR-10 may be (default: data)")
-    add("--images", type=positive, metavar="N", help="generate N images instead (default: CIFAR-10, or 50000)")
-    add("--members", type=positive, default=5, metavar="E", help="members of an ensemble (default: %(default)s)")
-    add("--batch-size", type=positive, default=32, metavar="B", help="images a step (default: %(default)s)")
-    add("--workers", type=int, default=2, help="of the notebook's DataLoader (default: %(default)s)")
-    add("--json", type=Path, default=Path("notebook_job.json"), metavar="FILE", help="default: %(default)s")
-    args = parser.parse_args(argv)
-    check_folders(parser, json=args.json)
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of CIFAR-10 (default: data)")
+    add("--images", type=positive, metavar="N", help="generate N images (default: CIFAR-10, or 50000)")
+    add("--members", type=positive, default=5, metavar="E", help="members per ensemble (default: %(default)s)")
+    add("--batch-size", type=positive, default=32, metavar="B", help="images per step (default: %(default)s)")
+    add("--workers", type=int, default=2, help="worker processes of the DataLoader (default: %(default)s)")
+    add(
+        "--json",
+        type=Path,
+        default=Path("notebook_job.json"),
+        metavar="FILE",
+        help="JSON results (default: %(default)s)",
+    )
+    args = parsed(parser, argv)
     torch.manual_seed(0)
     found = None if args.images else cifar10(args.data_dir)
     train, test = found or generated(args.images or 50_000, torch.Generator().manual_seed(0))

@@ -1,10 +1,10 @@
-"""How good the answer is: a single network, a classic ensemble, and the whole spectrum of BatchEnsembles between them.
+"""Compare the predictions of a single network, a classic ensemble and many variants of BatchEnsemble between them.
 
-Every variant is trained for the same epochs with the recipe of the single network (Adam, one learning rate), from
-several seeds. It is then asked for images of the classes that it knows, and for others that it should be uncertain of.
+Every variant is trained from several seeds, with the recipe of the single network: the same epochs, Adam, one learning
+rate. It then predicts test images of the training classes, and images from outside that it should be uncertain of.
 
     python benchmarks/quality.py                                         scikit-learn's digits
-    python benchmarks/quality.py --data folder --data-dir DIR --seeds 5  images, of which two classes are held out
+    python benchmarks/quality.py --data folder --data-dir DIR --seeds 5  a folder of images; two classes are held out
     python benchmarks/quality.py --data cifar10 --model cnn
     python benchmarks/quality.py --only single 'classic*' 'r, s'         some of the variants
 """
@@ -24,25 +24,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import (
-    Spread,
-    aligned,
-    check_device,
-    check_folders,
-    interleaved,
-    machine,
-    megabytes,
-    peak_memory,
-    positive,
-    ratio,
-    write_json,
-    write_whole,
-)
+from measure import Spread, interleaved, machine, megabytes, parsed, peak_memory, positive, ratio, write_json
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import functorch_ens as fe
+from functorch_ens.files import write_whole
+from functorch_ens.tables import aligned
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -53,12 +42,12 @@ Params = Callable[[nn.Module, int, torch.Generator], fe.EnsembleParams]
 
 
 class Unusable(Exception):
-    """What was asked for cannot be done; the message says why."""
+    """The options do not fit the data; the message says why."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of ensemble, and how it is trained."""
+    """A kind of ensemble, and changes to the training recipe."""
 
     name: str
     about: str
@@ -66,30 +55,30 @@ class Variant:
     groups: Mapping[str, Any] = field(default_factory=dict)
     sees: str = "same"
     epochs: int = 1
-    """Times those that the single network gets; 0: E times."""
+    """The epochs, as a multiple of --epochs; 0 is E times."""
     fixed: bool = False
-    """Whether r and s are not trained: then no gradient of them is computed."""
+    """Do not train r and s; their gradients are then not computed."""
     same_rows: bool = False
-    """Batches of E times as many rows."""
+    """Give each batch E times as many rows."""
     members: int | None = None
-    """None: as many as asked for."""
+    """The number of members; None is --members."""
     needs_norms: bool = False
-    """Whether it is another without norms in the model."""
+    """Skip this variant for a model without norm layers."""
 
 
 def classic(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
-    """Networks of their own."""
+    """E independent networks."""
     return fe.ensemble_params(model, E, generator=source)
 
 
-# It sees in a step as many rows as E members do, and takes as many steps: what a BatchEnsemble costs at the least.
+# One network with as many rows per step as E members, and as many steps: the lower bound of a BatchEnsemble's cost.
 SAME_ROWS = Variant(
     "single, E x rows", "one network on E x B rows, E times the epochs", classic, members=1, epochs=0, same_rows=True
 )
 
 
 def variants() -> list[Variant]:
-    """From one network to E of them."""
+    """All variants, from one network to E networks."""
 
     def batch(*stacked: str, **options: Any) -> Params:
         def make(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
@@ -115,7 +104,7 @@ def variants() -> list[Variant]:
         Variant("normal .1", "r, s ~ N(1, .1)", batch(init="normal", r_std=0.1, s_std=0.1)),
         Variant("lr x .1", f"{signs}; r, s learn at a tenth of the rate", batch(), {"rank1_lr_factor": 0.1}),
         Variant("lr x 10", f"{signs}; r, s learn at ten times the rate", batch(), {"rank1_lr_factor": 10.0}),
-        Variant("fixed", f"{signs}, and stay so", batch(), fixed=True),
+        Variant("fixed", f"{signs}, not trained", batch(), fixed=True),
         Variant("decay", f"{signs}; weight decay 1e-3, none of r, s", batch(), {"weight_decay": 1e-3}),
         Variant(
             "decay of r, s",
@@ -136,7 +125,7 @@ def variants() -> list[Variant]:
 
 
 def parts(model: nn.Module) -> dict[str, list[str]]:
-    """The parameters of `model` by what they are: the first and the last layer, biases, and norm affines."""
+    """The names of the parameters in the first layer, in the last, of all biases, and of all norm affines."""
     layers: list[list[str]] = []
     norms: list[list[str]] = []
     for name, module in model.named_modules():
@@ -151,18 +140,18 @@ def parts(model: nn.Module) -> dict[str, list[str]]:
 
 @dataclass
 class Task:
-    """What is learned, and what is asked afterwards."""
+    """Training images, test images of the same classes, and images from outside."""
 
     train: Split
     test: Split
     outside: Tensor
     classes: int
     strange: str
-    """What is outside."""
+    """A description of the images from outside."""
 
 
 def make_task(options: argparse.Namespace) -> Task:
-    """The data, and what is outside it: of digits noise and turned ones, else held-out classes, or SVHN where it is."""
+    """Load the data. The images from outside are noise and rotated digits, or SVHN if present, or held-out classes."""
     data = load(options.data, options.data_dir, options.image_size, options.device)
     classes = list(range(len(data.classes)))
     if options.data == "digits":
@@ -190,7 +179,7 @@ def make_task(options: argparse.Namespace) -> Task:
 
 
 def _svhn(options: argparse.Namespace) -> Tensor | None:
-    """The test images of SVHN, where the file is there."""
+    """Load the test images of SVHN; None if the file is missing."""
     from torchvision.datasets import SVHN
 
     try:
@@ -204,7 +193,7 @@ def _svhn(options: argparse.Namespace) -> Tensor | None:
 
 
 class Trial:
-    """One variant on one task: trained again for each seed, in the same tensors, so that it is compiled once."""
+    """One variant on one task. Every seed trains in the same tensors, so that the step is compiled once."""
 
     def __init__(self, variant: Variant, task: Task, options: argparse.Namespace) -> None:
         self.variant, self.task, self.options = variant, task, options
@@ -234,7 +223,7 @@ class Trial:
         return self.variant.params(self._model(seed), self.E, torch.Generator().manual_seed(seed))
 
     def batches(self, source: torch.Generator) -> list[Tensor]:
-        """One epoch."""
+        """The index batches of one epoch."""
         rows, size = len(self.task.train.labels), self.options.batch_size
         if self.variant.sees == "split":
             size -= size % self.E
@@ -245,11 +234,11 @@ class Trial:
         )
 
     def run(self, seed: int, bar: Any) -> dict[str, float]:
-        """Train from `seed`, and look at the answers."""
+        """Train from `seed`, and compute the metrics."""
         with torch.no_grad():
             for mine, new in zip(tree_leaves(self.params), tree_leaves(self._initial(seed)), strict=True):
                 mine.copy_(new)
-        self.optimizer.state.clear()
+        self.optimizer.state.clear()  # no momentum of the previous seed
         factor = self.variant.epochs or self.options.members
         source = torch.Generator().manual_seed(seed)
         fitted = fe.fit(
@@ -265,6 +254,8 @@ class Trial:
         return self.answers(fitted)
 
     def answers(self, fitted: fe.Fitted) -> dict[str, float]:
+        """Compute the metrics of the trained ensemble on the test images and on those from outside."""
+
         def predicted(images: Tensor) -> Tensor:
             return fe.predict(self.forward, fitted.params, images, buffers=fitted.buffers, prepare=normalise).double()
 
@@ -288,7 +279,7 @@ class Trial:
         return {name: float(value) for name, value in found.items()}
 
     def _calibrated(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The NLL of each fifth of the test images at the temperature that is best for the others."""
+        """The cross-validated NLL: each fifth of the test images at the temperature fitted to the other four."""
         fold = torch.arange(len(y), device=y.device) % 5
         values = []
         for i in range(5):
@@ -297,7 +288,7 @@ class Trial:
         return torch.stack(values).sum() / len(y)
 
     def _distance(self, params: fe.EnsembleParams) -> float:
-        """How far apart members' weights are: the mean distance of two, over the mean norm of one."""
+        """The mean distance between two members' weight vectors, divided by the mean norm of one."""
         members = [
             torch.cat([w.detach().flatten().double() for w in fe.member_params(self.model, params, i).values()])
             for i in range(self.E)
@@ -306,12 +297,12 @@ class Trial:
         return float(torch.pdist(flat).mean() / flat.norm(dim=1).mean()) if self.E > 1 else 0.0
 
     def one_step(self) -> None:
-        """A step as in training, to be timed."""
+        """Run one training step, for timing."""
         self.step(self.params, self._index, buffers=self.buffers)
 
 
 def study(options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
-    """Every variant: what it answers, from each seed, and what it costs."""
+    """Train and time every chosen variant; return the metrics of each seed and the costs, by variant."""
     chosen = [v for v in variants() if any(fnmatchcase(v.name, pattern) for pattern in options.only)]
     shape = tuple(task.train.images.shape[1:])
     has_norms = bool(parts(make_model(options.model, shape, task.classes))["norms"])
@@ -334,7 +325,8 @@ def study(options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
                 "MB": megabytes((trial.params, trial.buffers)),
                 "runs": [trial.run(seed, bar) for seed in range(options.seeds)],
             }
-            write_json({"settings": settings(options), "variants": results}, options.json)  # in case the rest fails
+            # After each variant, so that a later failure loses none.
+            write_json({"settings": settings(options), "variants": results}, options.json)
     calls: dict[str, Callable[[], None]] = {name: trial.one_step for name, trial in trials.items()}
     limit = trials.get(SAME_ROWS.name) or Trial(SAME_ROWS, task, options)
     times = interleaved({**calls, SAME_ROWS.name: limit.one_step}, options.rounds, options.device)
@@ -346,14 +338,14 @@ def study(options: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What the results depend on."""
+    """The options and the machine that the results depend on."""
     here = {name: value for name, value in vars(options).items() if name not in ("json", "png", "data_dir", "only")}
     plain = {name: value if isinstance(value, int | float) else str(value) for name, value in here.items()}
     return {**plain, "machine": machine(options.device)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What was found
+# Tables and plots
 
 _COLUMNS = {
     "member accuracy": "member acc",
@@ -368,15 +360,15 @@ _COLUMNS = {
     "distance": "distance",
 }
 
-_LEGEND = """Means over the seeds, and below each its standard deviation. NLL, T: of each fifth of the test images, at a
-temperature fitted to the others. AUROC: of telling what is outside by the total and by the epistemic uncertainty. KL:
-between two members. distance: of two members' weights, over their norm. won: the part of the classic ensemble's gain
-over the single network. x limit: the time of a step over that of one network fed E x B rows. peak MB: what a step
-holds above what it keeps."""
+_LEGEND = """Means over the seeds, each with its standard deviation below. NLL, T: each fifth of the test images at the
+temperature fitted to the other four. AUROC: images from outside detected by the total and by the epistemic uncertainty.
+KL: mean over pairs of members. distance: between the weights of two members, divided by their norm. won: share of the
+classic ensemble's gain over the single network. x limit: time of a step divided by that of one network on E x B rows.
+peak MB: memory that a step allocates and frees again."""
 
 
 def report(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table; `_LEGEND` says what is in it."""
+    """Format the results as a table; `_LEGEND` explains its columns."""
     head = ["", *_COLUMNS.values(), "won acc", "won NLL", "parameters", "x limit", "peak MB"]
     rows = [head]
     for name, result in results.items():
@@ -397,7 +389,7 @@ def report(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _won(results: Mapping[str, Mapping[str, Any]], name: str, key: str) -> float | None:
-    """The part of the classic ensemble's gain over a single network; None where one is missing, or gains nothing."""
+    """The share of the classic ensemble's gain over a single network; None if one is missing or there is no gain."""
     if not {"single", "classic"} <= results.keys() or name in ("single", "classic"):
         return None
     mine, single, classic = (mean(run[key] for run in results[which]["runs"]) for which in (name, "single", "classic"))
@@ -414,7 +406,7 @@ def _number(value: float) -> str:
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
-    """Accuracy, NLL and the AUROC of epistemic uncertainty against parameters and time."""
+    """Draw accuracy, NLL and the AUROC of epistemic uncertainty against parameters and time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(17, 9), layout="constrained")
@@ -437,7 +429,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
                 values, at = [run[key] for run in result["runs"]], of(result)
                 taken[at] += 1
                 ax.errorbar(
-                    at * 1.03 ** (taken[at] - 1 if cost == "parameters" else 0),  # those of one size side by side
+                    at * 1.03 ** (taken[at] - 1 if cost == "parameters" else 0),  # shift points of equal size
                     mean(values),
                     _deviation(values),
                     fmt=markers[i // 10],
@@ -448,35 +440,34 @@ def draw(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> No
             ax.set(xlabel=cost, ylabel=label, xscale="log" if cost == "parameters" else "linear")
             ax.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    write_whole(path, lambda part: figure.savefig(part, dpi=110, format="png"))
+    with write_whole(path) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", choices=["digits", "folder", "cifar10"], default="digits", help="the images (default: digits)")
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where they are (default: data)")
-    add("--hold-out", type=positive, default=2, metavar="N", help="classes kept from training, for OOD (default: 2)")
-    add("--image-size", type=positive, metavar="N", help="resize every image to N x N")
+    add("--data", choices=["digits", "folder", "cifar10"], default="digits", help="the data set (default: digits)")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the images (default: data)")
+    add("--hold-out", type=positive, default=2, metavar="N", help="classes held out as outside (default: 2)")
+    add("--image-size", type=positive, metavar="N", help="resize every image to N x N (default: keep)")
     add("--model", default="mlp", help="mlp, cnn, or a torchvision model by name (default: mlp)")
-    add("--only", nargs="+", metavar="PATTERN", default=["*"], help="variants whose name matches one")
-    add("--members", type=positive, default=5, metavar="E", help="of an ensemble (default: 5)")
-    add("--epochs", type=positive, default=10, metavar="N", help="of the single network (default: 10)")
-    add("--batch-size", type=positive, default=32, metavar="B", help="images a step (default: 32)")
+    add("--only", nargs="+", metavar="PATTERN", default=["*"], help="names or patterns of variants (default: all)")
+    add("--members", type=positive, default=5, metavar="E", help="members per ensemble (default: 5)")
+    add("--epochs", type=positive, default=10, metavar="N", help="epochs of the single network (default: 10)")
+    add("--batch-size", type=positive, default=32, metavar="B", help="images per step (default: 32)")
     add("--lr", type=float, default=1e-3, help="Adam's learning rate (default: 1e-3)")
-    add("--seeds", type=positive, default=5, metavar="N", help="runs of each variant (default: 5)")
-    add("--rounds", type=positive, default=7, metavar="N", help="of timing (default: 7)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
-    add("--no-compile", dest="compile", action="store_false", help="do not use torch.compile")
-    add("--json", type=Path, default=Path("quality.json"), metavar="FILE", help="default: %(default)s")
-    add("--png", type=Path, default=Path("quality.png"), metavar="FILE", help="default: %(default)s")
-    options = parser.parse_args(argv)
+    add("--seeds", type=positive, default=5, metavar="N", help="seeds per variant (default: 5)")
+    add("--rounds", type=positive, default=7, metavar="N", help="rounds of timing (default: 7)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="device of all computation (default: cpu)")
+    add("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
+    add("--json", type=Path, default=Path("quality.json"), metavar="FILE", help="JSON results (default: %(default)s)")
+    add("--png", type=Path, default=Path("quality.png"), metavar="FILE", help="PNG plot (default: %(default)s)")
+    options = parsed(parser, argv)
     names = [variant.name for variant in variants()]
     unknown = [p for p in options.only if not any(fnmatchcase(name, p) for name in names)]
     if unknown:
         parser.error(f"--only: {unknown[0]!r} matches none of {names}")
-    check_device(parser, options.device)
-    check_folders(parser, json=options.json, png=options.png)
     options.device = torch.device(options.device)
     return options
 

@@ -1,4 +1,4 @@
-"""The ways to train an ensemble that this library is compared with."""
+"""Other ways to train an ensemble, which the benchmarks compare with this library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class NotebookLinear(nn.Module):
-    """A linear layer of a BatchEnsemble as notebooks write it: every row of the tiled batch gets its member's r, s."""
+    """A BatchEnsemble linear layer as notebooks write it: r and s are repeated for every row of a tiled batch."""
 
     def __init__(self, inputs: int, outputs: int, E: int) -> None:
         super().__init__()
@@ -22,14 +22,14 @@ class NotebookLinear(nn.Module):
         self.s = nn.Parameter(1 + 0.5 * torch.randn(E, inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[E B, in]` to `[E B, out]`."""
+        """`[E * B, in]` -> `[E * B, out]`."""
         rows = len(x) // len(self.r)
         r, s = self.r.repeat_interleave(rows, 0), self.s.repeat_interleave(rows, 0)
         return F.linear(x * s, self.weight) * r + self.bias
 
 
 class NotebookEnsemble(nn.Module):
-    """A BatchEnsemble MLP that repeats its batch for every member."""
+    """A BatchEnsemble MLP that repeats the batch for every member."""
 
     def __init__(self, sizes: Sequence[int], E: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class NotebookEnsemble(nn.Module):
         self.layers = nn.ModuleList(NotebookLinear(a, b, E) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, ...]` to `[E, B, C]`."""
+        """`[B, ...]` -> `[E, B, C]`."""
         y = x.flatten(1).repeat(self.E, 1)
         for layer in self.layers[:-1]:
             y = layer(y).relu()
@@ -45,7 +45,7 @@ class NotebookEnsemble(nn.Module):
 
 
 def tabm_ensemble(sizes: Sequence[int], E: int) -> nn.Module | None:
-    """A BatchEnsemble MLP of tabm's layers, `[B, in]` to `[B, E, C]`; None where tabm is not installed."""
+    """A BatchEnsemble MLP of tabm's layers, `[B, in]` -> `[B, E, C]`; None if tabm is not installed."""
     try:
         import tabm
     except ImportError:
@@ -57,15 +57,15 @@ def tabm_ensemble(sizes: Sequence[int], E: int) -> nn.Module | None:
 
 
 def member_after_member(logits: Tensor, y: Tensor) -> Tensor:
-    """The mean over members of the cross-entropy, by a Python loop; `[E, B, C]`."""
+    """The cross-entropy of `logits` `[E, B, C]`, averaged over the members in a Python loop."""
     return torch.stack([F.cross_entropy(member, y) for member in logits]).mean()
 
 
 def member_as_rows(logits: Tensor, y: Tensor) -> Tensor:
-    """The mean over members of the cross-entropy, at once, as tabm trains; `[B, E, C]`."""
+    """The cross-entropy of `logits` `[B, E, C]`, averaged over the members in one call, as tabm trains."""
     return F.cross_entropy(logits.flatten(0, 1), y.repeat_interleave(logits.shape[1]))
 
 
 def adam(modules: Sequence[nn.Module], **options: Any) -> list[torch.optim.Optimizer]:
-    """One for each of `modules`."""
+    """One Adam for each of `modules`."""
     return [torch.optim.Adam(module.parameters(), lr=1e-3, **options) for module in modules]

@@ -1,13 +1,13 @@
-"""What an ensemble costs: classic and BatchEnsemble, by this library and by its rivals, on a CPU or a GPU.
+"""Time and memory of classic ensembles and BatchEnsembles, by this library and by others, on a CPU or a GPU.
 
-    python benchmarks/vmap_vs_be.py                        every case; eight minutes on two cores
-    python benchmarks/vmap_vs_be.py --quick                the small MLPs, few rounds; a minute
+    python benchmarks/vmap_vs_be.py                        all cases; eight minutes on two cores
+    python benchmarks/vmap_vs_be.py --quick                two small MLPs, three rounds; a minute
     python benchmarks/vmap_vs_be.py --case mlp-32 --members 16
     python benchmarks/vmap_vs_be.py --device cuda          CUDA graphs, in float32 and in bfloat16 (autocast)
 
-Every time is the median of interleaved rounds (A B C A B C ...), every ratio is taken round by round, in one run.
-A step is the gradients and Adam, all in training mode. "E·B rows" is one network that is fed as many rows as the
-ensemble computes: what a BatchEnsemble would cost if its members were free.
+Every time is the median of interleaved rounds (A B C A B C ...); every ratio is taken within a round. A step computes
+the gradients and applies Adam; models are in training mode. "E·B rows" is one network whose batch has as many rows as
+the whole ensemble computes: the cost of a BatchEnsemble if r and s were free.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))  # every compilation is timed
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # as make_train_step has it, for its rivals too
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))  # compilation is timed
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # make_train_step sets it; set it for all contenders
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import torch
@@ -36,18 +36,15 @@ import torch.nn.functional as F
 from measure import (
     Call,
     Spread,
-    aligned,
-    check_device,
-    check_folders,
     interleaved,
     machine,
     megabytes,
+    parsed,
     peak_memory,
     positive,
     ratio,
     seconds_of,
     write_json,
-    write_whole,
 )
 from models import cnn
 from rivals import NotebookEnsemble, adam, member_after_member, member_as_rows, tabm_ensemble
@@ -57,6 +54,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import functorch_ens as fe
+from functorch_ens.files import write_whole
+from functorch_ens.tables import aligned
 from functorch_ens.training.step import gradients_in_place
 
 PHASES = ("forward", "gradient", "step")
@@ -66,7 +65,7 @@ NOTEBOOK, TABM = "notebook's BatchEnsemble", "tabm, compiled"
 
 
 class Case(NamedTuple):
-    """A model, and what a step of it computes."""
+    """A model, the shape of one input, and the default sizes E and B."""
 
     title: str
     make: Callable[[], nn.Module]
@@ -74,11 +73,11 @@ class Case(NamedTuple):
     E: int
     B: int
     sizes: tuple[int, ...] = ()
-    """Of an MLP: the widths of its layers."""
+    """The widths of the layers of an MLP."""
 
 
 def mlp(sizes: Sequence[int]) -> nn.Module:
-    """Linear layers with ReLU between them."""
+    """An MLP of these widths, with ReLU between its layers."""
     layers: list[nn.Module] = []
     for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
@@ -114,36 +113,36 @@ CASES = {
 QUICK = ("mlp-32", "small-mlp")
 BY_DEFAULT = {"cpu": [name for name in CASES if name != "large-mlp"], "cuda": list(CASES)}
 MATMUL = {"cpu": 2048, "cuda": 8192}
-"""The rows and columns of a large matrix."""
-SHARES = "The arithmetic of one network on E·B rows in the time of a step: GFLOP/s, and the share of a large matmul's"
+"""The size of the square matrices whose product gives the attainable rate of arithmetic."""
+SHARES = "The arithmetic of one network on E·B rows, divided by the time of a step: GFLOP/s (share of a large matmul's)"
 AIMED_AT = {"cpu": "two CPU cores", "cuda": "a GPU"}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The contenders: what each of them calls in a phase, ready to be timed
+# The contenders: for each phase a function without arguments, ready to be timed
 
 
 class Setting(NamedTuple):
-    """Where and how everything is computed."""
+    """The device, the precision and the options of torch.compile."""
 
     device: torch.device
     dtype: torch.dtype
-    """Of matrix products: float32, or bfloat16 by autocast."""
+    """The dtype of matrix products: float32, or bfloat16 by autocast."""
     compile: Mapping[str, Any]
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Around a forward and its loss."""
+        """The autocast context for a forward and its loss."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 class Contender(NamedTuple):
     calls: dict[str, Call]
-    """By phase."""
+    """The function of each phase."""
     parameters: Any
     optimizers: Sequence[torch.optim.Optimizer]
     compile_seconds: float | None = None
-    """Of the gradients."""
+    """The seconds of the first call of the gradient phase; None if nothing is compiled."""
 
 
 def of_modules(
@@ -154,7 +153,7 @@ def of_modules(
     compile: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Contender:
-    """Ordinary modules, trained one after another; `options` are Adam's."""
+    """Train ordinary modules one after another; `options` are Adam's."""
     optimizers = adam(modules, **options)
     called: list[Callable[[Tensor], Tensor]] = [
         module if compile is None else torch.compile(module, **compile) for module in modules
@@ -191,7 +190,7 @@ def of_library(
     setting: Setting,
     compile: Mapping[str, Any] | None = None,
 ) -> Contender:
-    """An ensemble by this library, on a copy of `params`."""
+    """Train an ensemble by this library, on a copy of `params`."""
     params = fe.EnsembleParams(*({k: v.detach().clone().requires_grad_() for k, v in part.items()} for part in params))
     forward = fe.make_forward(model)
     optimizer = torch.optim.Adam(tree_leaves(params), lr=1e-3)
@@ -220,7 +219,7 @@ def _first_call(call: Call) -> float:
 
 
 def contenders(case: Case, E: int, B: int, setting: Setting, only: Sequence[str] = ()) -> dict[str, Contender]:
-    """All that can be trained on `case`, or `only` those; the members' outputs are those of ordinary networks."""
+    """Build every contender of `case`, or those in `only`; check this library's members against ordinary networks."""
     device, compile = setting.device, setting.compile
     torch.manual_seed(0)
     modules = [case.make().to(device).train() for _ in range(E)]
@@ -262,7 +261,7 @@ def contenders(case: Case, E: int, B: int, setting: Setting, only: Sequence[str]
 
 @torch.no_grad()
 def _check(model: nn.Module, params: fe.EnsembleParams, x: Tensor) -> None:
-    """AssertionError where a member is not the network that it stands for."""
+    """AssertionError if a member's output differs from that of an ordinary network with its weights."""
     model.eval()
     for i, mine in enumerate(fe.make_forward(model)(params, x)):
         theirs = torch.func.functional_call(model, fe.member_params(model, params, i), (x,))
@@ -275,9 +274,11 @@ def _check(model: nn.Module, params: fe.EnsembleParams, x: Tensor) -> None:
 
 
 def measure(found: Mapping[str, Contender], rounds: int, setting: Setting) -> tuple[dict[str, Any], list[float]]:
-    """Of each contender: seconds by phase, round by round, compilation, and the MB of what it keeps and uses.
+    """Measure each contender, and a large matrix product in the rounds of the steps.
 
-    Also the rate of a large matrix product, in floating point operations a second, in the rounds of the steps.
+    Returns: by contender, the seconds of each phase and round, the seconds of compilation, and the MB of its
+    parameters, its optimiser and the peak of a step; then the floating point operations a second of the
+    matrix product in each round.
     """
     device = setting.device
     calls: dict[str, dict[str, Call]] = {phase: {n: c.calls[phase] for n, c in found.items()} for phase in PHASES}
@@ -297,7 +298,7 @@ def measure(found: Mapping[str, Contender], rounds: int, setting: Setting) -> tu
 
 
 def arithmetic(case: Case, E: int, B: int) -> int:
-    """The floating point operations of the gradients of one network on E·B rows, as torch counts them."""
+    """The floating point operations of one network's gradients on E·B rows, counted by torch."""
     x, y = torch.randn(2, *case.shape), torch.zeros(2, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(case.make()(x), y).backward()
@@ -321,14 +322,16 @@ def matmul(setting: Setting) -> tuple[Call, int]:
 
 
 def _key(case: str, precision: str) -> str:
-    """What the results of a case are called."""
+    """The key of a case in the results."""
     return case if precision == "float32" else f"{case}, {precision}"
 
 
 def growth(precision: str, setting: Setting, rounds: int, results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How a step of the notebook's MLP grows with E, and with B: seconds, by contender, E and B.
+    """Measure a step of the notebook's MLP for several E and B.
 
-    What is in the `results` of the cases is not measured again.
+    Points that are among the `results` of the cases are taken from there.
+
+    Returns: a list of E, B and the seconds of each contender, sorted for printing.
     """
     names = (ROWS, LOOP, CLASSIC, BATCH)
     grown = []
@@ -345,11 +348,11 @@ def growth(precision: str, setting: Setting, rounds: int, results: Mapping[str, 
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What was found
+# Tables and plots
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The contenders of one case: milliseconds ± half the range between the quartiles, and memory."""
+    """Format one case: milliseconds ± half the interquartile range, and memory, by contender."""
     head = ["", "forward ms", "gradient ms", "step ms", "step / loop", "compile s", "params MB", "Adam MB", "step MB"]
     rows = [head]
     for name, found in results.items():
@@ -374,17 +377,17 @@ def _milliseconds(times: list[float]) -> str:
 
 
 class Aim(NamedTuple):
-    """A ratio that the library is to reach in a case."""
+    """An upper bound for a ratio of two times in a case."""
 
     what: str
     case: str
     over: tuple[str, str, str]
-    """The phase, and the contenders whose times are divided."""
+    """The phase, and the two contenders whose times are divided."""
     most: float
 
 
 def aims(device: str) -> list[Aim]:
-    """What the library promises on two CPU cores, and on a GPU."""
+    """The aims of this library for two CPU cores, or for a GPU."""
     if device == "cuda":
         return [Aim("classic / loop over modules", "small-mlp", ("step", CLASSIC, LOOP), 1 / 15)]
     found = []
@@ -400,7 +403,7 @@ def aims(device: str) -> list[Aim]:
 
 
 def judged(results: Mapping[str, Mapping[str, Any]], device: str) -> str:
-    """The aims, and the ratios that were measured."""
+    """Format the aims and the measured ratios."""
     rows = [["", "case", "phase", "aim", "measured", "quartiles", "met"]]
     for what, case, (phase, mine, theirs), most in aims(device):
         found = results.get(case, {})
@@ -413,7 +416,7 @@ def judged(results: Mapping[str, Mapping[str, Any]], device: str) -> str:
 
 
 def shares(results: Mapping[str, Any], work: Mapping[str, int], rate: Mapping[str, float]) -> str:
-    """What the compiled steps make of the rate of a large matrix product."""
+    """Format the rate of arithmetic in the compiled steps, and its share of the rate of a large matrix product."""
     names = (ROWS, CLASSIC, BATCH)
     rows = [["", "GFLOP", *names, "matmul"]]
     for case, found in results.items():
@@ -424,7 +427,7 @@ def shares(results: Mapping[str, Any], work: Mapping[str, int], rate: Mapping[st
 
 
 def grown(points: Sequence[Mapping[str, Any]]) -> str:
-    """The steps of the notebook's MLP by E and B."""
+    """Format the steps of the notebook's MLP by E and B."""
     rows = [["E", "B", *(f"{name}, ms" for name in points[0]["seconds"])]]
     for point in points:
         rows.append([str(point["E"]), str(point["B"]), *(_milliseconds(times) for times in point["seconds"].values())])
@@ -432,7 +435,7 @@ def grown(points: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(results: Mapping[str, Any], points: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """The steps relative to the loop by case, and how they grow."""
+    """Draw the steps relative to the loop for each case, and their growth with E and B."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -471,11 +474,12 @@ def draw(results: Mapping[str, Any], points: Sequence[Mapping[str, Any]], title:
         axis.set_title(f"MLP {'-'.join(map(str, NOTEBOOK_MLP))}, {fixed} = {value}")
         axis.grid(alpha=0.3, which="both")
     figure.suptitle(title, fontsize="medium")
-    write_whole(path, lambda part: figure.savefig(part, dpi=120, format="png"))
+    with write_whole(path) as part:
+        figure.savefig(part, dpi=120, format="png")
     plt.close(figure)
 
 
-_PRECISION = "of matrix products: float32, bfloat16 (autocast), or both (default: float32; on a GPU both)"
+_PRECISION = "dtype of matrix products: float32, bfloat16 (autocast), or both (default: float32; on a GPU both)"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -486,19 +490,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=list(CASES),
         metavar="NAME",
-        help=f"which: {', '.join(CASES)} (default: all; large-mlp: on a GPU)",
+        help=f"cases to run: {', '.join(CASES)} (default: all, large-mlp only on a GPU)",
     )
-    add("--quick", action="store_true", help="the small MLPs alone, 3 rounds, no growth with E and B")
-    add("--members", type=positive, metavar="E", help="members of an ensemble (default: what the case says)")
-    add("--batch-size", type=positive, metavar="B", help="rows of a batch (default: what the case says)")
-    add("--rounds", type=positive, metavar="N", help="rounds of measurement (default: 5)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute (default: cpu)")
+    add("--quick", action="store_true", help="run two small MLPs with 3 rounds, without growth in E and B")
+    add("--members", type=positive, metavar="E", help="members per ensemble (default: that of the case)")
+    add("--batch-size", type=positive, metavar="B", help="rows per batch (default: that of the case)")
+    add("--rounds", type=positive, metavar="N", help="rounds of measurement (default: 5, with --quick 3)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="device of all computation (default: cpu)")
     add("--precision", nargs="+", choices=list(PRECISIONS), metavar="DTYPE", help=_PRECISION)
-    add("--json", type=Path, default=Path("vmap_vs_be.json"), metavar="FILE", help="default: %(default)s")
-    add("--png", type=Path, default=Path("vmap_vs_be.png"), metavar="FILE", help="default: %(default)s")
-    args = parser.parse_args(argv)
-    check_device(parser, args.device)
-    check_folders(parser, json=args.json, png=args.png)
+    add(
+        "--json", type=Path, default=Path("vmap_vs_be.json"), metavar="FILE", help="JSON results (default: %(default)s)"
+    )
+    add("--png", type=Path, default=Path("vmap_vs_be.png"), metavar="FILE", help="PNG plot (default: %(default)s)")
+    args = parsed(parser, argv)
     args.case = args.case or list(QUICK if args.quick else BY_DEFAULT[args.device])
     args.precision = args.precision or (list(PRECISIONS) if args.device == "cuda" else ["float32"])
     args.rounds = args.rounds or (3 if args.quick else 5)
@@ -507,14 +511,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    warnings.filterwarnings("ignore", message="There is a performance drop")  # torch's note on attention under vmap
+    warnings.filterwarnings("ignore", message="There is a performance drop")  # attention under vmap
     logging.getLogger("functorch_ens").setLevel(logging.ERROR)
     device = torch.device(args.device)
     compile = {"mode": "reduce-overhead"} if args.device == "cuda" else {}
-    if args.device == "cuda":  # TF32 in matrix products too, as in convolutions by default
+    if args.device == "cuda":  # allow TF32 in matrix products, as torch does by default in convolutions
         torch.set_float32_matmul_precision("high")
     where = machine(device)
-    print(f"{where}; {args.rounds} interleaved rounds, medians ± half the range between the quartiles\n")
+    print(f"{where}; {args.rounds} interleaved rounds, medians ± half the interquartile range\n")
     results: dict[str, Any] = {}
     work: dict[str, int] = {}
     rates: dict[str, float] = {}

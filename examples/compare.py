@@ -30,12 +30,12 @@ import functorch_ens as fe
 
 
 class Unusable(Exception):
-    """What was asked for cannot be done; the message says why, and what can."""
+    """The model cannot be trained on these images; the message says why and what to try."""
 
 
 @dataclass
 class Trained:
-    """What training leaves behind."""
+    """The result of training one ensemble."""
 
     params: fe.EnsembleParams
     buffers: dict[str, Tensor]
@@ -46,7 +46,7 @@ class Trained:
 def train(
     name: str, model: nn.Module, forward: fe.Forward, params: fe.EnsembleParams, split: Split, args: argparse.Namespace
 ) -> Trained:
-    """Train every member on the same batches with Adam. `params` are updated in place, as torch.optim does."""
+    """Train every member on the same batches with Adam. `params` are updated in place, as by torch.optim."""
     model.train()
     buffers = fe.ensemble_buffers(model, params.E)
     optimizer = torch.optim.Adam(tree_leaves(params), lr=args.lr)
@@ -79,13 +79,14 @@ def train(
                 losses, buffers = step(params, batch, buffers=buffers)
                 total += losses
                 bar.update()
-            bar.set_postfix(loss=f"{(total / steps).mean():.4f}")  # reading it waits for the device
+            # Once per epoch, not per step: formatting a loss waits for the device.
+            bar.set_postfix(loss=f"{(total / steps).mean():.4f}")
             seconds.append(time.perf_counter() - start)
     return Trained(params, buffers, compile_seconds, median(seconds))
 
 
 def evaluate(forward: fe.Forward, trained: Trained, split: Split, batch: int) -> dict[str, float | list[float]]:
-    """Accuracy, negative log-likelihood and disagreement on `split`, and the seconds that its forward passes took."""
+    """Compute accuracy, negative log likelihood and disagreement on `split`, and time the forward passes."""
 
     def predict(images: Tensor) -> Tensor:
         logits: Tensor = fe.predict(
@@ -93,7 +94,7 @@ def evaluate(forward: fe.Forward, trained: Trained, split: Split, batch: int) ->
         )
         return logits.double().cpu()  # [E, N, C]
 
-    predict(split.images[:1])
+    predict(split.images[:1])  # warm up, untimed
     start = time.perf_counter()
     logits = predict(split.images)
     seconds = time.perf_counter() - start
@@ -113,7 +114,7 @@ def evaluate(forward: fe.Forward, trained: Trained, split: Split, batch: int) ->
 
 
 def compare(data: Data, args: argparse.Namespace) -> dict[str, dict[str, float | list[float]]]:
-    """Train and evaluate the three kinds; the results by kind."""
+    """Train and evaluate the three kinds of ensemble; return the results by kind."""
     shape, classes = tuple(data.train.images.shape[1:]), len(data.classes)
 
     def new_model() -> nn.Module:
@@ -144,6 +145,8 @@ def compare(data: Data, args: argparse.Namespace) -> dict[str, dict[str, float |
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the options. A bad value exits with a usage error that names the option."""
+
     def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
         def read(text: str) -> float:
             value = kind(text)
@@ -151,7 +154,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
             return value
 
-        read.__name__ = "number"  # argparse's name for it in "invalid number value"
+        read.__name__ = "number"  # argparse prints the name: "invalid number value"
         return read
 
     def device(text: str) -> torch.device:
@@ -173,25 +176,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", choices=["digits", "cifar10", "folder"], default="digits", help="the images (default: %(default)s)")
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where cifar10 or folder is (default: data)")
-    add("--image-size", type=positive(int), metavar="N", help="resize every image to N x N")
+    add("--data", choices=["digits", "cifar10", "folder"], default="digits", help="the data set (default: %(default)s)")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the images (default: data)")
+    add("--image-size", type=positive(int), metavar="N", help="resize every image to N x N (default: keep)")
     add("--model", default="mlp", help="mlp, cnn, or a torchvision classification model by name (default: mlp)")
-    add("--members", type=positive(int), default=5, metavar="E", help="members of an ensemble (default: %(default)s)")
+    add("--members", type=positive(int), default=5, metavar="E", help="members per ensemble (default: %(default)s)")
     add("--epochs", type=positive(int), default=20, metavar="N", help="passes over the data (default: %(default)s)")
-    add("--batch-size", type=positive(int), default=32, metavar="B", help="images a step (default: %(default)s)")
+    add("--batch-size", type=positive(int), default=32, metavar="B", help="images per step (default: %(default)s)")
     add("--lr", type=positive(float), default=1e-3, help="Adam's learning rate (default: %(default)s)")
     add(
         "--init",
         choices=["normal", "random_sign", "ones"],
         default="random_sign",
-        help="of r and s (default: %(default)s)",
+        help="initial values of r and s (default: %(default)s)",
     )
-    add("--device", type=device, help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
-    add("--no-compile", dest="compile", action="store_false", help="do not use torch.compile")
-    add("--seed", type=int, default=0, help="of the parameters and the order of the data (default: %(default)s)")
-    add("--out", type=writable, metavar="FILE", help="write the results to FILE as JSON")
-    add("--png", type=writable, default="compare.png", metavar="FILE", help="the plot (default: %(default)s)")
+    add("--device", type=device, help="cpu, cuda, cuda:1 ... (default: cuda if available, else cpu)")
+    add("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
+    add("--seed", type=int, default=0, help="seed of parameters and batches (default: %(default)s)")
+    add("--out", type=writable, metavar="FILE", help="also write the results to FILE as JSON")
+    add("--png", type=writable, default="compare.png", metavar="FILE", help="file of the plot (default: %(default)s)")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: expected 0 <= seed < 2**63, got {args.seed}")

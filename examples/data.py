@@ -1,4 +1,4 @@
-"""Image classification data as whole tensors: decoded once, held on the device, indexed in batches."""
+"""Image classification data as whole uint8 tensors: decoded once, kept on the device, and indexed in batches."""
 
 from __future__ import annotations
 
@@ -27,26 +27,32 @@ class Data(NamedTuple):
 
 
 class DataUnavailable(Exception):
-    """The data cannot be had; the message says what failed and what to do instead."""
+    """The data cannot be loaded; the message says what failed and what to do instead."""
 
 
 def load(name: str, folder: Path, image_size: int | None, device: torch.device) -> Data:
-    """The data called `name` on `device`: `"digits"`, `"cifar10"` or `"folder"` (ImageFolder, with train/ and test/).
+    """Load a data set onto `device`.
+
+    Args:
+        name: `"digits"` (scikit-learn's), `"cifar10"`, or `"folder"` (images in train/CLASS/ and test/CLASS/).
+        folder: the folder with the images, or with CIFAR-10, which is downloaded to it if it is missing.
+        image_size: resize every image to a square of this many pixels; None keeps the sizes.
+        device: the device of all tensors.
 
     Raises:
-        DataUnavailable: it is not there and cannot be downloaded, or the images of a folder differ in size.
+        DataUnavailable: the files are missing and cannot be downloaded, or the images of a folder differ in size.
     """
     train, test, classes = {"digits": _digits, "cifar10": _cifar10, "folder": _folder}[name](folder, image_size)
     return Data(Split(*(x.to(device) for x in train)), Split(*(x.to(device) for x in test)), classes)
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 images as float32 with mean .5 and std .5 taken out: 0 ... 255 becomes -1 ... 1."""
+    """Map uint8 images to float32 in [-1, 1]; ToTensor and Normalize with mean .5 and std .5 do the same."""
     return images.float().div(127.5).sub(1)
 
 
 def _digits(folder: Path, image_size: int | None) -> Data:
-    """scikit-learn's 1,797 handwritten digits, 8x8, which come with it: every fifth one is for testing."""
+    """Load the 1,797 handwritten digits, 8 x 8, that ship with scikit-learn; every fifth one is a test image."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -58,30 +64,30 @@ def _digits(folder: Path, image_size: int | None) -> Data:
 
 
 def _cifar10(folder: Path, image_size: int | None) -> Data:
-    """CIFAR-10 from `folder`, downloaded to it where it is not there."""
+    """Load CIFAR-10 from `folder`; download it if it is missing."""
     from torchvision.datasets import CIFAR10
 
     try:
         splits = [CIFAR10(folder, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # torchvision raises whatever its HTTP, tar and checksum steps do
+    except Exception as error:  # torchvision passes on the errors of its HTTP, tar and checksum steps
         raise DataUnavailable(
             f"CIFAR-10 is not in {folder}, and could not be downloaded: {error}\n"
             "Copy cifar-10-python.tar.gz into that folder (or name another with --data-dir) and run again, or use\n"
             "  --data folder --data-dir DIR   any images, as DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg\n"
             "  --data digits                  needs no download"
         ) from error
-    train, test = (
-        Split(
-            _resized(rearrange(torch.from_numpy(split.data), "n h w c -> n c h w").contiguous(), image_size),
-            torch.tensor(split.targets),
-        )
-        for split in splits
-    )
+    train, test = (as_split(split, image_size) for split in splits)
     return Data(train, test, list(splits[0].classes))
 
 
+def as_split(cifar10: Any, image_size: int | None = None) -> Split:
+    """Convert a `torchvision.datasets.CIFAR10`, whose `data` is a NumPy array `[N, H, W, C]`."""
+    images = rearrange(torch.from_numpy(cifar10.data), "n h w c -> n c h w").contiguous()
+    return Split(_resized(images, image_size), torch.tensor(cifar10.targets))
+
+
 def _folder(folder: Path, image_size: int | None) -> Data:
-    """The images in train/ and test/ of `folder`, one folder per class in each."""
+    """Load the images in train/ and test/ of `folder`, each with one folder per class."""
     from torchvision.datasets import ImageFolder
 
     try:
@@ -97,10 +103,11 @@ def _folder(folder: Path, image_size: int | None) -> Data:
 
 
 def _decoded(folder: Any, name: str, image_size: int | None) -> Split:
+    """Decode every image of a `torchvision.datasets.ImageFolder`; `name` is shown by the progress bar."""
     from torchvision.transforms.functional import pil_to_tensor
 
     images, labels = [], []
-    # ImageFolder opens every image as RGB, grey ones too.
+    # ImageFolder converts every image to RGB, so that all have three channels.
     for image, label in tqdm(folder, desc=f"decoding {name}", disable=None, leave=False):
         images.append(_resized(pil_to_tensor(image)[None], image_size)[0])
         labels.append(label)
@@ -111,7 +118,7 @@ def _decoded(folder: Any, name: str, image_size: int | None) -> Split:
 
 
 def _resized(images: Tensor, size: int | None) -> Tensor:
-    """uint8 images `[N, C, H, W]`, bilinearly resized to `size` x `size` where it is given."""
+    """Resize uint8 images `[N, C, H, W]` bilinearly to `size` x `size`; None leaves them."""
     if size is None or images.shape[-2:] == (size, size):
         return images
     from torchvision.transforms.functional import resize
@@ -120,7 +127,7 @@ def _resized(images: Tensor, size: int | None) -> Tensor:
 
 
 def with_channels(data: Data, channels: int) -> Data:
-    """Grey images repeated to `channels` channels, for models that want colour."""
+    """Repeat grey images along the channel axis, for models that expect colour; colour images stay as they are."""
     if data.train.images.shape[1] != 1:
         return data
     return data._replace(

@@ -1,4 +1,4 @@
-"""The networks that compare.py trains, by name."""
+"""The networks that compare.py can train, by name."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 
 
 class UnknownModel(Exception):
-    """There is no model of this name; the message says what there is."""
+    """There is no model of this name; the message lists the names."""
 
 
 def make_model(name: str, image_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """`"mlp"`, `"cnn"`, or a classification model of torchvision by its name, for images of `image_shape` `[C, H, W]`.
+    """Build `"mlp"`, `"cnn"`, or a torchvision classification model, for images of `image_shape` `[C, H, W]`.
 
     Raises:
         UnknownModel: torchvision has no classification model of this name.
@@ -27,14 +27,14 @@ def make_model(name: str, image_shape: tuple[int, ...], classes: int) -> nn.Modu
         raise UnknownModel(
             f"--model: expected mlp, cnn or a torchvision classification model such as resnet18, got {name}"
         )
-    # These two have heads for training only, which would make their output a tuple.
+    # In training these two return a tuple, with the outputs of auxiliary heads; switch the heads off.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
     return model
 
 
 def mlp(inputs: int, classes: int, hidden: int = 128) -> nn.Module:
-    """Two hidden layers; with 3072 inputs and 10 classes the MLP of the BatchEnsemble notebook."""
+    """An MLP with two hidden layers. With 3072 inputs and 10 classes it is the MLP of the BatchEnsemble notebook."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(inputs, hidden),
@@ -46,7 +46,7 @@ def mlp(inputs: int, classes: int, hidden: int = 128) -> nn.Module:
 
 
 def cnn(channels: int, classes: int, width: int = 32) -> nn.Module:
-    """Three convolutions with BatchNorm, halving the image twice, and a linear layer on the mean over positions."""
+    """Three convolutions with BatchNorm, two of them of stride 2, then mean pooling and a linear layer."""
 
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]

@@ -1,13 +1,15 @@
-"""What compare.py found, as a table, a plot and JSON."""
+"""Write the results of compare.py as a table, a plot and JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from functorch_ens.files import write_whole
+from functorch_ens.tables import aligned
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -35,23 +37,13 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def table(results: Results) -> str:
-    """The results as lines of text, a kind each."""
-    rows = [
-        ["", *_COLUMNS],
-        *([name, *(cell(result) for cell in _COLUMNS.values())] for name, result in results.items()),
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    """Format the results as a text table, one row per kind of ensemble."""
+    rows = [[name, *(cell(result) for cell in _COLUMNS.values())] for name, result in results.items()]
+    return aligned([["", *_COLUMNS], *rows])
 
 
 def draw(results: Results, title: str, path: Path) -> None:
-    """The results as a PNG: what is gained on the left, what it costs on the right."""
+    """Draw accuracy and NLL of the members and the ensemble, and the costs beside them, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,14 +79,16 @@ def draw(results: Results, title: str, path: Path) -> None:
     for axis in axes:
         axis.set_xticks(range(len(names)), [name.replace(" ", "\n").replace("BatchE", "Batch-\nE") for name in names])
         axis.spines[["top", "right"]].set_visible(False)
-    _write_whole(path, lambda part: figure.savefig(part, dpi=120, format="png"))
+    with write_whole(path) as part:
+        figure.savefig(part, dpi=120, format="png")
     plt.close(figure)
 
 
 def write_json(results: Mapping[str, Any], path: Path) -> None:
-    """`results` as JSON, in which a number that is not finite is null."""
+    """Write `results` as JSON. Numbers that are not finite become null: JSON has no NaN."""
     text = json.dumps(_finite(results), indent=2, allow_nan=False)
-    _write_whole(path, lambda part: part.write_text(text + "\n"))
+    with write_whole(path) as part:
+        part.write_text(text + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -103,14 +97,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write `path` in one move: it is there whole, or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Checks of arguments that several functions take; each raises where the argument enters, and names it."""
+"""Checks of arguments that several functions take. Each error names the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def check_positive_int(value: Any, argument: str) -> int:
-    """`value` as an int: TypeError where it is not a whole number, ValueError where it is below 1."""
+    """Return `value` as an int. TypeError if it is not an integer, ValueError if it is below 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{argument}: expected a positive int, got {value!r}")
     if value < 1:
@@ -21,7 +21,7 @@ def check_positive_int(value: Any, argument: str) -> int:
 
 
 def check_number(value: Any, argument: str, *, minimum: float = -math.inf) -> float:
-    """`value` as a finite float of at least `minimum`; TypeError where it is no number, ValueError where it is less."""
+    """Return `value` as a float. TypeError if it is not a number, ValueError if it is not finite or below `minimum`."""
     expected = "a finite number" if minimum == -math.inf else f"a finite number >= {minimum:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument}: expected {expected}, got {value!r}")
@@ -32,25 +32,25 @@ def check_number(value: Any, argument: str, *, minimum: float = -math.inf) -> fl
 
 
 def check_option(value: Any, options: Collection[Any], argument: str) -> None:
-    """ValueError where `value` is none of `options`."""
+    """ValueError if `value` is not one of `options`."""
     if value not in options:
         raise ValueError(f"{argument}: expected one of {list(options)}, got {value!r}")
 
 
 def check_bool(value: Any, argument: str, or_else: str = "") -> None:
-    """TypeError where `value` is not True or False: a truthy string is a mistake. `or_else` says what else is taken."""
+    """TypeError if `value` is not a bool: a truthy string is a mistake. `or_else` names other accepted values."""
     if not isinstance(value, bool):
         raise TypeError(f"{argument}: expected True or False{or_else and f', {or_else}'}, got {value!r}")
 
 
 def check_generator(generator: Any) -> None:
-    """TypeError where `generator` is neither None nor a `torch.Generator`."""
+    """TypeError if `generator` is neither None nor a `torch.Generator`."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}")
 
 
 def check_keys(given: Collection[str], expected: Collection[str], argument: str) -> None:
-    """ValueError, naming them, where keys are missing or unexpected."""
+    """ValueError that lists the missing and the unexpected keys, if there are any."""
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]
     if missing or unexpected:
@@ -58,7 +58,7 @@ def check_keys(given: Collection[str], expected: Collection[str], argument: str)
 
 
 def check_of_members(value: Any, E: int | None, argument: str) -> Tensor:
-    """`value`, one for each member: TypeError where it is no tensor, ValueError where it is not `[E, ...]`."""
+    """Return `value`. TypeError if it is not a tensor, ValueError if its shape is not `[E, ...]`; None is any E."""
     wanted = "[E, ...]" if E is None else f"[{E}, ...]"
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a tensor {wanted}, one for each member, got {value!r}")
@@ -68,7 +68,7 @@ def check_of_members(value: Any, E: int | None, argument: str) -> Tensor:
 
 
 def shown(value: Any) -> str:
-    """`value` for an error message: of a tensor its shape, of a collection what is in it."""
+    """Format `value` for an error message: a tensor by its shape, a tuple or list by its items."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
     if isinstance(value, tuple | list):

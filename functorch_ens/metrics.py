@@ -1,7 +1,11 @@
-"""How good an ensemble's predictions are: proper scores, calibration, abstention, and detection of strange inputs.
+"""Metrics of an ensemble's predictions: proper scores, calibration, selective accuracy and out-of-distribution AUROC.
 
-Logits are `[E, ..., C]` with labels `[...]`, as in `functorch_ens.uncertainty`; scores are of the mean of the members'
-probabilities. Each member's own: `torch.stack([nll(one[None], y) for one in logits])`, or the same by vmap.
+`logits` are the members' outputs, `[E, ..., C]`, in any floating dtype; half precision is computed in float32. Labels
+`y` are class indices, `[...]`, in any integer dtype. The metrics are those of the mean of the members' probabilities;
+the score of each member is `torch.stack([nll(one[None], y) for one in logits])`, or the same under vmap.
+
+Bad arguments raise TypeError (no tensor, another dtype) or ValueError (another shape; NaN, +inf, or -inf for every
+class of an input; a label that is not in 0 to C - 1). Values are not checked inside torch.compile and vmap.
 """
 
 from __future__ import annotations
@@ -19,27 +23,27 @@ from functorch_ens.uncertainty.measures import classification_uncertainty, mean_
 
 
 class SelectiveAccuracy(NamedTuple):
-    """The accuracy on the k most certain inputs, for k = 1 to B."""
+    """The accuracy on the k most certain of B inputs, for k = 1 to B."""
 
     coverage: Tensor
-    """`[B]`: the share of inputs that are answered, k / B."""
+    """`[B]`: k / B, the share of inputs that the ensemble answers."""
     accuracy: Tensor
-    """`[B]`: the share of those that are right."""
+    """`[B]`: the share of correct predictions among these k."""
 
 
 class Bins(NamedTuple):
-    """The inputs by the confidence of the ensemble, in bins of equal width from 0 to 1."""
+    """A histogram of the ensemble's confidence, in bins of equal width from 0 to 1."""
 
     inputs: Tensor
-    """`[bins]`: the number of inputs in the bin."""
+    """`[bins]`: the number of inputs in each bin."""
     hits: Tensor
-    """`[bins]`: how many of them are predicted right."""
+    """`[bins]`: the number of correct predictions among them."""
     confidence: Tensor
-    """`[bins]`: the sum of the probabilities of their predicted classes."""
+    """`[bins]`: the sum of their confidences. The confidence is the probability of the predicted class."""
 
 
 def nll(logits: Tensor, y: Tensor) -> Tensor:
-    """The negative log likelihood of the labels in nats, the mean over the inputs.
+    """The negative log likelihood of the labels, in nats per input.
 
     >>> import torch
     >>> logits = torch.tensor([[[0.0, 0.0]], [[0.0, 900.0]]])
@@ -47,30 +51,32 @@ def nll(logits: Tensor, y: Tensor) -> Tensor:
     tensor(0.2877)
 
     Args:
-        logits: of the members, `[E, ..., C]`.
-        y: the classes, `[...]`, of any integer dtype.
+        logits: `[E, ..., C]`.
+        y: `[...]`, the labels.
+
+    Returns: a scalar >= 0; inf if all members rule out the label of an input.
 
     Raises:
-        TypeError, ValueError: as `check_logits` and `check_labels`.
+        TypeError, ValueError: bad `logits` or `y`; see the module.
     """
     log_q = mean_log_probs(logits)
     return -of_label(log_q, check_labels(y, logits)).mean()
 
 
 def brier(logits: Tensor, y: Tensor) -> Tensor:
-    """The Brier score: the squared error of the probabilities, summed over the classes, its mean over the inputs.
-
-    From 0 to 2 (halve it for the convention for two classes that looks at one of them).
+    """The Brier score: the squared error of the probabilities, summed over the classes and averaged over the inputs.
 
     >>> brier(torch.zeros(3, 1, 2), torch.tensor([1]))
     tensor(0.5000)
 
     Args:
-        logits: of the members, `[E, ..., C]`.
-        y: the classes, `[...]`, of any integer dtype.
+        logits: `[E, ..., C]`.
+        y: `[...]`, the labels.
+
+    Returns: a scalar from 0 to 2. With two classes, half of it is the score of one class alone.
 
     Raises:
-        TypeError, ValueError: as `check_logits` and `check_labels`.
+        TypeError, ValueError: bad `logits` or `y`; see the module.
 
     Source: Brier 1950, "Verification of forecasts expressed in terms of probability", eq. 2.
     """
@@ -80,47 +86,55 @@ def brier(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """The share of inputs whose label is the most probable class of the ensemble (the first of equals).
+    """The share of inputs whose label is the ensemble's most probable class, or the first of several.
 
     >>> accuracy(torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]), torch.tensor([1, 0]))
     tensor(0.5000)
 
     Args:
-        logits: of the members, `[E, ..., C]`.
-        y: the classes, `[...]`, of any integer dtype.
+        logits: `[E, ..., C]`.
+        y: `[...]`, the labels.
+
+    Returns: a scalar from 0 to 1. It is not differentiable.
 
     Raises:
-        TypeError, ValueError: as `check_logits` and `check_labels`.
+        TypeError, ValueError: bad `logits` or `y`; see the module.
     """
     q = mean_probs(logits)
     return (q.argmax(-1) == check_labels(y, logits)).to(q.dtype).mean()
 
 
 def calibration_error(logits: Tensor, y: Tensor, *, bins: int = 15) -> Tensor:
-    """The expected calibration error: how far the confidence in the predicted class is from how often it is right.
+    """The expected calibration error: the gap between confidence and accuracy in each bin, averaged over the inputs.
 
-    >>> calibration_error(torch.zeros(3, 4, 2), torch.tensor([0, 1, 1, 1]))  # sure by half, right in a quarter
+    >>> calibration_error(torch.zeros(3, 4, 2), torch.tensor([0, 1, 1, 1]))  # confidence 1/2, accuracy 1/4
     tensor(0.2500)
 
     Args:
-        logits: of the members, `[E, ..., C]`.
-        y: the classes, `[...]`, of any integer dtype.
-        bins: of equal width; each has its lower edge, the last also 1.
+        logits: `[E, ..., C]`.
+        y: `[...]`, the labels.
+        bins: the number of bins, of equal width. A bin includes its lower edge; the last one also includes 1.
+
+    Returns: a scalar from 0 to 1.
 
     Raises:
-        TypeError, ValueError: as `check_logits` and `check_labels`; `bins` is no positive int.
+        TypeError, ValueError: bad `logits` or `y`; `bins` is not a positive int.
 
-    Source: Guo et al. 2017, arXiv:1706.04599, eq. 3 (whose bins have their upper edges instead).
+    Source: Guo et al. 2017, arXiv:1706.04599, eq. 3. Bins there include their upper edge instead.
     """
     inputs, hits, confidence = confidence_bins(logits, y, bins=bins)
     return (hits - confidence).abs().sum() / inputs.sum()
 
 
 def confidence_bins(logits: Tensor, y: Tensor, *, bins: int = 15) -> Bins:
-    """What `calibration_error` and a reliability diagram are made of; arguments as there.
+    """Count inputs, correct predictions and confidence by bin, for `calibration_error` and reliability diagrams.
 
     >>> confidence_bins(torch.zeros(3, 4, 2), torch.tensor([0, 1, 1, 1]), bins=2)
     Bins(inputs=tensor([0., 4.]), hits=tensor([0., 1.]), confidence=tensor([0., 2.]))
+
+    Args, Raises: as `calibration_error`.
+
+    Returns: counts and sums by bin, each `[bins]`. Only `confidence` is differentiable.
     """
     bins = check_positive_int(bins, "bins")
     confidence, predicted = mean_probs(logits).flatten(0, -2).max(-1)
@@ -132,19 +146,22 @@ def confidence_bins(logits: Tensor, y: Tensor, *, bins: int = 15) -> Bins:
 
 
 def gaussian_nll(outputs: Tensor, y: Tensor) -> Tensor:
-    """The negative log density of `y` under the mixture of the members' Gaussians, the mean over the inputs.
+    """The negative log density of `y` under the mixture of the members' Gaussians, in nats per input.
 
-    In nats, with the constant log(2 pi) / 2.
+    The constant log(2 pi) / 2 is included.
 
     >>> gaussian_nll(torch.zeros(3, 1, 2), torch.tensor([1.0]))  # (log(2 pi) + 1) / 2
     tensor(1.4189)
 
     Args:
-        outputs: of the members, `[E, B, 2]`: a mean and the logarithm of a variance.
-        y: the targets, `[B]`, floating.
+        outputs: `[E, B, 2]`, a mean and the logarithm of a variance.
+        y: `[B]`, the targets, floating.
+
+    Returns: a scalar.
 
     Raises:
-        TypeError, ValueError: `outputs` or `y` has another shape, or is not floating and finite.
+        TypeError: `outputs` or `y` is not a floating tensor.
+        ValueError: one of them has another shape, or NaN or inf.
 
     Source: Lakshminarayanan, Pritzel & Blundell 2017, arXiv:1612.01474, eq. 1 and section 2.4.
     """
@@ -162,22 +179,24 @@ def gaussian_nll(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def selective_accuracy(logits: Tensor, y: Tensor, *, score: Tensor | None = None) -> SelectiveAccuracy:
-    """The accuracy where the ensemble answers the k inputs that it is most certain of, and no others, for each k.
+    """The accuracy on the k inputs of lowest uncertainty, for every k.
 
-    Among inputs of one score any order is as good: the accuracy is its mean over all of them.
+    Inputs of equal score have no order: the accuracy is the mean over all their orders.
 
     >>> logits = torch.tensor([[[0.0, 9.0], [0.0, 1.0], [0.0, 1.0]]])
     >>> selective_accuracy(logits, torch.tensor([1, 0, 1]))
     SelectiveAccuracy(coverage=tensor([0.3333, 0.6667, 1.0000]), accuracy=tensor([1.0000, 0.7500, 0.6667]))
 
     Args:
-        logits: of the members, `[E, ..., C]`; B is the number of all inputs.
-        y: the classes, `[...]`, of any integer dtype.
-        score: `[...]`, higher where less certain; by default the total uncertainty.
+        logits: `[E, ..., C]`, for B inputs in all.
+        y: `[...]`, the labels.
+        score: `[...]`, the uncertainty of each input; None is `classification_uncertainty(logits).total`.
+
+    Returns: coverage and accuracy, each `[B]`. They are not differentiable.
 
     Raises:
-        TypeError, ValueError: as `check_logits` and `check_labels`; `score` is not floating, has another shape than
-            `y`, or has NaN.
+        TypeError: bad `logits` or `y`, or `score` is not a floating tensor.
+        ValueError: bad `logits` or `y`, or `score` has another shape than `y`, or NaN.
 
     Source: El-Yaniv & Wiener 2010, "On the foundations of noise-free selective classification", JMLR 11.
     """
@@ -191,7 +210,8 @@ def selective_accuracy(logits: Tensor, y: Tensor, *, score: Tensor | None = None
             raise ValueError(f"score: expected the shape of y, {list(y.shape)}, got {list(score.shape)}")
     right = (q.argmax(-1) == y).flatten()
     ordered, order = score.detach().flatten().sort()
-    hits = F.pad(right[order].cumsum(0), (1, 0))  # [B + 1]: of the first 0, 1, ... B
+    hits = F.pad(right[order].cumsum(0), (1, 0))  # [B + 1]: among the first 0, 1, ... B
+    # Ties: positions first to last - 1 share one score. Within them the number of hits grows linearly on average.
     first, last = torch.searchsorted(ordered, ordered), torch.searchsorted(ordered, ordered, right=True)
     k = torch.arange(1, len(order) + 1, device=q.device)
     share = (hits[last] - hits[first]).to(q.dtype) / (last - first)
@@ -199,19 +219,22 @@ def selective_accuracy(logits: Tensor, y: Tensor, *, score: Tensor | None = None
 
 
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:
-    """How well a score tells strange inputs: the probability that one of `outside` is above one of `inside`.
+    """The area under the ROC curve of a score that detects out-of-distribution inputs.
 
-    1/2 is chance, and equal scores count as 1/2. Not differentiable.
+    It is the probability that a score of `outside` is higher than one of `inside`; a tie counts 1/2.
 
     >>> auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.2, 0.3]))
     tensor(0.8750)
 
     Args:
-        inside: scores of inputs such as those in training, `[M]`: `classification_uncertainty(logits).epistemic`, say.
-        outside: scores of other inputs, `[N]`.
+        inside: `[M]`, the scores of in-distribution inputs, such as `classification_uncertainty(logits).epistemic`.
+        outside: `[N]`, the scores of other inputs.
+
+    Returns: a scalar from 0 to 1, where 1/2 is chance. It is not differentiable.
 
     Raises:
-        TypeError, ValueError: one of the two is not floating, not of one axis, empty, or has NaN.
+        TypeError: an argument is not a floating tensor.
+        ValueError: an argument does not have exactly one axis, is empty, or has NaN.
     """
     for scores, argument in ((inside, "inside"), (outside, "outside")):
         _check_score(scores, argument)
@@ -224,6 +247,7 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
 
 
 def _check_score(score: Tensor, argument: str) -> None:
+    """TypeError if `score` is not a floating tensor, ValueError if it has NaN."""
     check_floating(score, argument)
     if shows_values(score) and bool(score.isnan().any()):
         raise ValueError(f"{argument}: expected numbers, got nan")

@@ -1,7 +1,8 @@
-"""Pictures of an ensemble's calibration, abstention, uncertainty and training, each drawn on matplotlib axes.
+"""Plots of an ensemble's calibration, selective accuracy, uncertainty and training.
 
-matplotlib is imported when a picture is drawn; it comes with `pip install functorch_ens[plots]`. Every function draws
-on `ax`, or on the axes of a new figure, and returns them. Tensors may be on any device, and have gradients.
+Every function draws on `ax`, or on the axes of a new figure if it is None, and returns the axes. Tensors may be on any
+device and may require gradients. matplotlib is imported by the first plot, not by this module; install it with
+`pip install functorch_ens[plots]`. Without it a plot on new axes raises ImportError.
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ _BLUE, _ORANGE, _DARK = "#4f86c0", "#d9822b", "#222222"
 
 
 def reliability_diagram(logits: Tensor, y: Tensor, *, bins: int = 15, ax: Axes | None = None) -> Axes:
-    """How often the ensemble is right, by how confident it is; a calibrated one is on the diagonal.
+    """Plot accuracy against confidence, in bins; a calibrated ensemble lies on the diagonal.
 
-    Wide bars are the accuracy of the inputs in a bin, what is between it and their mean confidence is hatched, and the
-    narrow bars are the share of all inputs in each bin. The title has the expected calibration error.
+    A wide bar is the accuracy of the inputs in its bin. The hatched area is the gap to their mean confidence. A narrow
+    bar is the share of all inputs in the bin. The title is the expected calibration error.
 
     Args:
-        logits: of the members, `[E, ..., C]`.
-        y: the classes, `[...]`.
-        bins: of equal width, as in `calibration_error`.
-        ax: where to draw.
+        logits: `[E, ..., C]`.
+        y: `[...]`, the labels.
+        bins: the number of bins, of equal width, as in `calibration_error`.
+        ax: the axes to draw on.
+
+    Returns: the axes.
 
     Raises:
-        ImportError: matplotlib is missing.
         TypeError, ValueError: as `calibration_error`.
+        ImportError: matplotlib is missing.
 
     Source: Guo et al. 2017, arXiv:1706.04599, figure 1.
     """
@@ -72,16 +75,19 @@ def reliability_diagram(logits: Tensor, y: Tensor, *, bins: int = 15, ax: Axes |
 
 
 def selective_accuracy_curve(curves: Mapping[str, Tensor], y: Tensor, *, ax: Axes | None = None) -> Axes:
-    """The accuracy on the most certain share of the inputs, for every share, a line for each of `curves`.
+    """Plot the accuracy on the most certain inputs against the share of inputs answered, one line per ensemble.
 
     Args:
-        curves: by the name for the legend, the logits of an ensemble, `[E, ..., C]`; one network's are `logits[None]`.
-        y: the classes, `[...]`.
-        ax: where to draw.
+        curves: the logits of each ensemble, `[E, ..., C]`, by its name in the legend; `logits[None]` of one network.
+        y: `[...]`, the labels.
+        ax: the axes to draw on.
+
+    Returns: the axes.
 
     Raises:
+        TypeError: `curves` is not a mapping, or as `selective_accuracy`.
+        ValueError: `curves` is empty, or as `selective_accuracy`.
         ImportError: matplotlib is missing.
-        TypeError, ValueError: `curves` is no mapping or is empty, or as `selective_accuracy`.
     """
     if not isinstance(curves, Mapping):
         raise TypeError(f"curves: expected logits by their names, got {type(curves).__name__}")
@@ -99,16 +105,18 @@ def selective_accuracy_curve(curves: Mapping[str, Tensor], y: Tensor, *, ax: Axe
 
 
 def ood_histograms(inside: Tensor, outside: Tensor, *, ax: Axes | None = None) -> Axes:
-    """A score's histograms over inputs such as in training and over others; the title has the AUROC of telling them.
+    """Plot the histograms of a score, in and out of distribution; the title is the AUROC of telling them apart.
 
     Args:
-        inside: the scores of inputs such as in training, `[M]`, such as `classification_uncertainty(logits).epistemic`.
-        outside: those of other inputs, `[N]`.
-        ax: where to draw.
+        inside: `[M]`, the scores of in-distribution inputs, such as `classification_uncertainty(logits).epistemic`.
+        outside: `[N]`, the scores of other inputs.
+        ax: the axes to draw on.
+
+    Returns: the axes, with a logarithmic share of inputs on the y axis.
 
     Raises:
-        ImportError: matplotlib is missing.
         TypeError, ValueError: as `auroc`.
+        ImportError: matplotlib is missing.
     """
     value = auroc(inside, outside).item()
     both = {"in distribution": (_array(inside), _BLUE), "out of distribution": (_array(outside), _ORANGE)}
@@ -119,7 +127,7 @@ def ood_histograms(inside: Tensor, outside: Tensor, *, ax: Axes | None = None) -
         shared: dict[str, Any] = {"bins": 40, "range": (low, high), "weights": weights, "color": colour}
         ax.hist(scores, histtype="stepfilled", alpha=0.35, label=name, **shared)
         ax.hist(scores, histtype="step", linewidth=1.5, **shared)
-    # Uncertainties are mostly near 0: what matters is in the thin tails.
+    # A log scale: most uncertainties are near 0, and the two histograms differ in their thin tails.
     ax.set(xlabel="score", ylabel="share of inputs (log)", yscale="log", title=f"AUROC {value:.3f}")
     ax.legend(fontsize="small")
     return ax
@@ -134,19 +142,22 @@ def uncertainty_plane(
     resolution: int = 100,
     ax: Axes | None = None,
 ) -> Axes:
-    """Where in the plane an ensemble is uncertain: a measure of it as colour, around and below `points`.
+    """Plot an uncertainty over a plane of inputs as colour, with `points` on top.
 
     Args:
-        predict: from inputs `[N, 2]`, with the dtype and device of `points`, to logits `[E, N, C]`.
-        points: inputs, such as the training data, `[M, 2]`.
-        labels: their classes, `[M]`, shown as colours.
-        measure: `"total"`, `"aleatoric"` or `"epistemic"`.
-        resolution: the number of inputs along each side.
-        ax: where to draw.
+        predict: maps inputs `[N, 2]`, in the dtype and on the device of `points`, to logits `[E, N, C]`. It runs under
+            torch.no_grad.
+        points: `[M, 2]`, inputs such as the training data. The plane extends beyond them by a quarter on each side.
+        labels: `[M]`, the classes of `points`, drawn as colours.
+        measure: `"total"`, `"aleatoric"` or `"epistemic"`, in nats.
+        resolution: the number of inputs along each side of the plane, at least 2.
+        ax: the axes to draw on.
+
+    Returns: the axes; their figure has a colour bar.
 
     Raises:
+        TypeError, ValueError: an argument is not as above, or `predict` returns bad logits or another number of inputs.
         ImportError: matplotlib is missing.
-        TypeError, ValueError: an argument is not as above, or `predict` returns other logits.
     """
     check_option(measure, Uncertainty._fields, "measure")
     if check_positive_int(resolution, "resolution") < 2:
@@ -172,7 +183,7 @@ def uncertainty_plane(
     ax = _axes(ax)
     x, z = (_array(side) for side in sides)
     height = _array(values).reshape(len(x), len(z)).T
-    top = max(height.max(), 1e-6)  # of one network the epistemic uncertainty is 0 everywhere
+    top = max(height.max(), 1e-6)  # the epistemic uncertainty of one network is 0 everywhere
     levels = torch.linspace(0, top, 21, dtype=torch.float64).tolist()
     filled = ax.contourf(x, z, height, levels=levels, cmap="BuPu")
     ax.figure.colorbar(filled, ax=ax, label=f"{measure} uncertainty (nats)", format="%.2f")
@@ -186,15 +197,18 @@ def uncertainty_plane(
 
 
 def training_curves(losses: Tensor, *, ax: Axes | None = None) -> Axes:
-    """The loss of every member at every epoch, a line for each, and their mean.
+    """Plot the loss of every member by epoch, and their mean.
 
     Args:
-        losses: `[epochs, E]`, such as the stacked results of a train step.
-        ax: where to draw.
+        losses: `[epochs, E]`, such as the stacked losses of a train step.
+        ax: the axes to draw on.
+
+    Returns: the axes.
 
     Raises:
+        TypeError: `losses` is not a floating tensor.
+        ValueError: `losses` has another shape, or is empty.
         ImportError: matplotlib is missing.
-        TypeError, ValueError: `losses` is not a floating tensor of that shape, or is empty.
     """
     check_floating(losses, "losses")
     if losses.ndim != 2 or not losses.numel():
@@ -215,7 +229,7 @@ def training_curves(losses: Tensor, *, ax: Axes | None = None) -> Axes:
 
 
 def _axes(ax: Axes | None) -> Axes:
-    """`ax`, or those of a new figure."""
+    """Return `ax`, or the axes of a new figure if it is None."""
     if ax is not None:
         return ax
     try:
@@ -226,5 +240,5 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def _array(tensor: Tensor) -> Any:
-    """`tensor` as NumPy's, of float64, which has bfloat16's values too."""
+    """Convert `tensor` to a NumPy array of float64: NumPy has no bfloat16."""
     return tensor.detach().cpu().double().numpy()

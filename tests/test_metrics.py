@@ -1,4 +1,4 @@
-"""Scores of an ensemble's predictions: equal to NumPy, scikit-learn and torchmetrics, and the best temperature."""
+"""The metrics equal those of NumPy, SciPy, scikit-learn and torchmetrics, eager, compiled and under vmap."""
 
 from __future__ import annotations
 
@@ -41,8 +41,13 @@ OF_LABELS: dict[str, Any] = {
 
 
 def _probabilities(logits: Tensor) -> Any:
-    """`[N, C]`"""
+    """The mean probabilities by SciPy, `[N, C]`."""
     return scipy.special.softmax(logits.numpy(), axis=-1).mean(0).reshape(-1, logits.shape[-1])
+
+
+def _stacked(results: list[Any]) -> Any:
+    """One pytree whose leaves are the stacked leaves of `results`."""
+    return torch.utils._pytree.tree_map(lambda *values: torch.stack(values), *results)
 
 
 def _close(got: Tensor, want: Any) -> None:
@@ -61,9 +66,9 @@ def test_nll_brier_and_accuracy_are_numpys(case: tuple[Tensor, Tensor]) -> None:
 @given(case=labelled(), bins=st.integers(1, 20))
 def test_the_calibration_error_is_torchmetrics(case: tuple[Tensor, Tensor], bins: int) -> None:
     functional = pytest.importorskip("torchmetrics.functional.classification")
-    logits, y = case[0].float(), case[1]  # which torchmetrics goes over to
+    logits, y = case[0].float(), case[1]  # torchmetrics converts to float32
     q = mean_probs(logits).flatten(0, -2)
-    assume((q < 1).all())  # torchmetrics has another bin, a last one, for a confidence of 1
+    assume((q < 1).all())  # torchmetrics puts a confidence of 1 into one more bin
     want = functional.multiclass_calibration_error(q, y.flatten().long(), q.shape[1], n_bins=bins)
     torch.testing.assert_close(calibration_error(logits, y, bins=bins), want, rtol=0, atol=1e-6)
 
@@ -188,12 +193,10 @@ def test_compiled_and_by_vmap_as_eager(name: str) -> None:
     logits, y = randn(3, 7, 4), torch.randint(4, (7,), dtype=torch.int32)
     assert_same(compile_whole(function)(logits, y), function(logits, y))
     each = [function(one[None], y) for one in logits]
-    stacked = torch.utils._pytree.tree_map(lambda *values: torch.stack(values), *each)
-    assert_same(vmap(lambda one: function(one[None], y))(logits), stacked)
+    assert_same(vmap(lambda one: function(one[None], y))(logits), _stacked(each))
     many = torch.randint(4, (3, 7))
     each = [function(one[None], labels) for one, labels in zip(logits, many, strict=True)]
-    stacked = torch.utils._pytree.tree_map(lambda *values: torch.stack(values), *each)
-    assert_same(vmap(lambda one, labels: function(one[None], labels))(logits, many), stacked)
+    assert_same(vmap(lambda one, labels: function(one[None], labels))(logits, many), _stacked(each))
     if name in ("nll", "brier"):
         slope: Any = grad(partial(function, y=y))
         assert_same(compile_whole(slope)(logits), slope(logits))

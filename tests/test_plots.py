@@ -1,4 +1,4 @@
-"""The plots show the numbers of the metrics, on the axes that they are given, and change nothing else."""
+"""The plots draw the values of the metrics on the given axes, and change no global state of matplotlib."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _axes() -> Axes:
 
 
 def _render(ax: Axes) -> None:
-    """To a PNG: what goes wrong only then goes wrong here."""
+    """Render to a PNG: some errors of matplotlib appear only then."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.savefig(io.BytesIO())
@@ -52,7 +52,7 @@ def _labelled() -> tuple[Tensor, Tensor]:
 
 
 def _predict(x: Tensor) -> Tensor:
-    """Three members, in the dtype of x, that tell the two axes apart."""
+    """Logits of three members, `[3, N, 2]`, which depend on both columns of x in different ways."""
     return torch.stack([torch.stack([x[:, 0] * (i - 1), x[:, 1] * 0.5], -1) for i in range(3)])
 
 
@@ -76,7 +76,7 @@ def test_draws_on_the_given_axes_or_on_new_ones(name: str) -> None:
     assert draw(ax=ax) is ax and not plt.get_fignums()
     new = draw()
     assert isinstance(new, Axes) and new is not ax and plt.get_fignums() == [1]
-    assert draw() is not new  # and not onto what is there
+    assert draw() is not new  # another new figure
     for each in (ax, new):
         _render(each)
         assert each.get_xlabel() and each.get_ylabel()
@@ -129,7 +129,7 @@ def test_the_reliability_diagram_shows_the_bins() -> None:
 
 
 def _bars(container: Any) -> Any:
-    """Left, bottom, width and height of each bar."""
+    """The left edge, bottom, width and height of each bar, `[bars, 4]`."""
     bars: list[Rectangle] = list(container.patches)
     return np.array([[bar.get_x(), bar.get_y(), bar.get_width(), bar.get_height()] for bar in bars])
 
@@ -185,7 +185,7 @@ def test_the_plane_shows_the_measure_where_it_is(measure: str, monkeypatch: pyte
 
 
 def test_the_plane_of_one_network_and_of_one_point() -> None:
-    """Its epistemic uncertainty is 0 everywhere, and the extent of the point too."""
+    """Both the range of the uncertainty and that of the points are empty."""
     ax = plots.uncertainty_plane(lambda x: _predict(x)[2:], torch.ones(1, 2), resolution=3, ax=_axes())
     _render(ax)
     assert ax.get_xlim()[0] < 1 < ax.get_xlim()[1]

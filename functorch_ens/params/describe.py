@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from functorch_ens.anatomy import Anatomy, Site, rank1_names
 from functorch_ens.layers.registry import rule_for
 from functorch_ens.params.pytree import EnsembleParams, check_params
+from functorch_ens.tables import aligned
 
 
 class Row(NamedTuple):
@@ -66,15 +67,12 @@ class Description:
             ["one model", "", "", "", "", *_size(self.model_parameters, self.model_bytes)],
             [f"{self.E} separate models", "", "", "", "", *_size(*separate)],
         ]
-        widths = [max(map(len, column)) for column in zip(head, *body, *totals, strict=True)]
-        ruler = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        lines = [_line(cells, widths) for cells in [head, *body, *totals]]
+        table = aligned([head, *body, *totals], left=5, totals=len(totals))
         share = (
             f"{self.bytes / self.model_bytes:.3g} times the size of one model, "
             f"{self.bytes / separate[1]:.3g} times that of {self.E} separate ones"
         )
-        title = f"{self.model}, E = {self.E}"
-        return "\n".join([title, lines[0], ruler, *lines[1 : -len(totals)], ruler, *lines[-len(totals) :], share])
+        return f"{self.model}, E = {self.E}\n{table}\n{share}"
 
     def __repr__(self) -> str:
         return str(self)
@@ -153,9 +151,3 @@ def _count(tensors: Iterable[Tensor], measure: Callable[[Tensor], int]) -> int:
 
 def _size(parameters: int, bytes: int) -> list[str]:
     return [f"{parameters:,}", f"{bytes / 1e6:,.2f}"]
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    """A line of the table: words aligned left, the two numbers right."""
-    words = [cell.ljust(width) for cell, width in zip(cells[:-2], widths[:-2], strict=True)]
-    return "  ".join(words + [cell.rjust(width) for cell, width in zip(cells[-2:], widths[-2:], strict=True)])

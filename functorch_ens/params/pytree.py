@@ -37,8 +37,8 @@ def check_is_params(params: Any) -> None:
     """TypeError where `params` is not an `EnsembleParams`."""
     if not isinstance(params, EnsembleParams):
         raise TypeError(
-            "params: expected EnsembleParams (from ensemble_params, batchensemble_params or stack_params), "
-            f"got {type(params).__name__}"
+            f"params: expected EnsembleParams, got {type(params).__name__}; ensemble_params, batchensemble_params and "
+            "stack_params make them"
         )
 
 

@@ -1,1 +1,1 @@
-"""What the members say together, and how far to trust it."""
+"""Uncertainty measures of the members' outputs, and temperature scaling. Nothing here knows of models."""

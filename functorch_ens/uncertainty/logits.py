@@ -1,4 +1,4 @@
-"""What the outputs of an ensemble, and labels for them, must be like; each check raises where they enter."""
+"""Checks of the members' outputs and of labels. Each error names the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from functorch_ens._torch import is_under_vmap
+
 
 def check_logits(logits: Tensor) -> Tensor:
-    """The members' `logits`, `[E, ..., C]`, half precision as float32.
+    """Return `logits`, `[E, ..., C]`, with half precision converted to float32.
 
     Raises:
         TypeError: not a floating tensor.
-        ValueError: a rank below 3; no member or input, or fewer than 2 classes; NaN, +inf, or an input whose classes
-            all have -inf. Values are not looked at where they cannot be: within torch.compile and under vmap.
+        ValueError: fewer than 3 axes; no member or input; fewer than 2 classes; NaN, +inf, or -inf for every class of
+            an input. Values are checked only where `shows_values` is true.
     """
     check_floating(logits, "logits")
     shape = list(logits.shape)
@@ -30,7 +32,7 @@ def check_logits(logits: Tensor) -> Tensor:
             "sigmoid, give torch.cat([torch.zeros_like(z), z], -1)"
         )
     if shows_values(logits):
-        highest = logits.detach().amax(-1)  # the one number that shows all three
+        highest = logits.detach().amax(-1)  # NaN, +inf and "all -inf" each show in the maximum
         if not bool(highest.isfinite().all()):
             kinds = {"nan": highest.isnan(), "inf": highest == math.inf, "-inf for all classes": highest == -math.inf}
             found = [f"{kind} in the members {_members(where)}" for kind, where in kinds.items() if bool(where.any())]
@@ -39,11 +41,11 @@ def check_logits(logits: Tensor) -> Tensor:
 
 
 def check_regression(outputs: Tensor, *, means_alone: bool) -> Tensor:
-    """`outputs` as regression ensembles give them: `[E, B, 2]`, or `[E, B]` too where `means_alone` are taken.
+    """Return `outputs`, with half precision converted to float32: `[E, B, 2]`, or `[E, B]` if `means_alone`.
 
     Raises:
         TypeError: not a floating tensor.
-        ValueError: another shape, no member or input, or, where values can be seen, NaN or inf.
+        ValueError: another shape; no member or input; NaN or inf, where `shows_values` is true.
     """
     check_floating(outputs, "outputs")
     shape = list(outputs.shape)
@@ -58,7 +60,7 @@ def check_regression(outputs: Tensor, *, means_alone: bool) -> Tensor:
 
 
 def check_floating(tensor: Tensor, argument: str) -> None:
-    """TypeError where `tensor` is not a floating tensor."""
+    """TypeError if `tensor` is not a floating tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{argument}: expected a floating tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -66,23 +68,16 @@ def check_floating(tensor: Tensor, argument: str) -> None:
 
 
 def shows_values(tensor: Tensor) -> bool:
-    """Whether Python can look at the values of `tensor`: not within torch.compile, under vmap or on the meta device."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
-        return False
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return False
-        tensor = functorch.get_unwrapped(tensor)  # a vmap may be below grad's wrapper
-    return True
+    """Whether Python can read the values of `tensor`: not within torch.compile, under vmap or on the meta device."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or is_under_vmap(tensor))
 
 
 def check_labels(y: Tensor, logits: Tensor) -> Tensor:
-    """`y` as int64, one class for every input of `logits`.
+    """Return the labels `y` as int64; their shape is that of `logits` `[E, ..., C]` without E and C.
 
     Raises:
         TypeError: not a tensor of integers.
-        ValueError: one label too many or too few, or, where values can be seen, one that is no class.
+        ValueError: another shape or device; a label that is not in 0 to C - 1, where `shows_values` is true.
     """
     if not isinstance(y, Tensor):
         raise TypeError(f"y: expected a tensor of classes, got {type(y).__name__}")
@@ -104,15 +99,16 @@ def check_labels(y: Tensor, logits: Tensor) -> Tensor:
 
 
 def of_label(values: Tensor, y: Tensor) -> Tensor:
-    """From each row of `values`, `[..., C]`, the one at the label, `[...]`."""
+    """Select the value of each label: `values` `[..., C]`, `y` `[...]` -> `[...]`."""
     return values.gather(-1, y[..., None])[..., 0]
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
+    """Convert half precision to float32; float64 stays."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _members(where: Tensor) -> list[int]:
-    """The members, on axis 0, of which `where` is true anywhere."""
+    """The indices on axis 0 at which `where` is true anywhere."""
     found: list[int] = where.flatten(1).any(1).nonzero().flatten().tolist()
     return found

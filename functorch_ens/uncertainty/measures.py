@@ -1,7 +1,11 @@
-"""What the members of an ensemble say together, and how uncertain it is: pure functions of their outputs, in nats.
+"""The mean prediction of an ensemble, its uncertainty in nats, and the diversity of its members.
 
-Logits are `[E, ..., C]`: `[E, B, C]`, or with more axes between, such as the pixels' of `[E, B, H, W, C]`; `...` below
-is what is between. Half precision is computed, and returned, in float32. A logit of -inf rules a class out.
+All are pure functions of the members' outputs. `logits` are `[E, ..., C]` in any floating dtype, where `...` is B, or
+several axes such as B, H, W. Half precision is computed, and returned, in float32. A logit of -inf gives its class
+probability 0.
+
+Bad logits raise TypeError (no tensor, not floating) or ValueError (fewer than three axes; no member or input; fewer
+than two classes; NaN, +inf, or -inf for every class of an input). Values are not checked inside torch.compile and vmap.
 """
 
 from __future__ import annotations
@@ -17,18 +21,18 @@ from functorch_ens.uncertainty.logits import check_logits, check_regression
 
 
 class Uncertainty(NamedTuple):
-    """Uncertainty of every input, by where it comes from; each tensor is `[...]`, one number for an input."""
+    """The uncertainty of each input, split by its source. Each tensor is `[...]`, one number per input."""
 
     total: Tensor
-    """The entropy (or variance) of the ensemble's prediction: `aleatoric + epistemic`."""
+    """The entropy, or the variance, of the ensemble's prediction: `aleatoric + epistemic`."""
     aleatoric: Tensor
-    """What the members agree on: the noise in the data, which more of it does not take away."""
+    """The mean of the members' own entropies or variances: noise in the data, which more data does not reduce."""
     epistemic: Tensor
-    """What the members differ in: what is not known of the model, high far from the training data."""
+    """The part due to differences between members: high far from the training data, and lower with more data."""
 
 
 def mean_log_probs(logits: Tensor) -> Tensor:
-    """The logarithm of the mean of the members' probabilities, `[..., C]`; exact where these underflow.
+    """The logarithm of the mean of the members' probabilities, exact even where a probability underflows.
 
     >>> import torch, functorch_ens as fe
     >>> logits = torch.tensor([[[0.0, 200.0]], [[0.0, 400.0]]])
@@ -36,10 +40,12 @@ def mean_log_probs(logits: Tensor) -> Tensor:
     tensor([[-200.6931,    0.0000]])
 
     Args:
-        logits: of the members, `[E, ..., C]`.
+        logits: `[E, ..., C]`.
+
+    Returns: `[..., C]`; -inf where every member gives the class probability 0.
 
     Raises:
-        TypeError, ValueError: as `check_logits`.
+        TypeError, ValueError: bad `logits`; see the module.
 
     Source: Lakshminarayanan, Pritzel & Blundell 2017, arXiv:1612.01474, section 2.4.
     """
@@ -48,26 +54,27 @@ def mean_log_probs(logits: Tensor) -> Tensor:
 
 
 def mean_probs(logits: Tensor) -> Tensor:
-    """The prediction of the ensemble: the mean of the members' probabilities, `[..., C]`.
+    """The ensemble's prediction: the mean of the members' probabilities.
 
     >>> mean_probs(torch.tensor([[[0.0, 200.0]], [[0.0, -200.0]]]))
     tensor([[0.5000, 0.5000]])
 
     Args:
-        logits: of the members, `[E, ..., C]`.
+        logits: `[E, ..., C]`.
+
+    Returns: probabilities, `[..., C]`; the last axis sums to 1.
 
     Raises:
-        TypeError, ValueError: as `check_logits`.
+        TypeError, ValueError: bad `logits`; see the module.
     """
     return reduce(check_logits(logits).softmax(-1), "e ... c -> ... c", "mean")
 
 
 def classification_uncertainty(logits: Tensor) -> Uncertainty:
-    """How uncertain the ensemble is of each input, and how much of it is that the members differ.
+    """The uncertainty of each input in nats, split into an aleatoric and an epistemic part.
 
-    `total` is the entropy of the mean of the members' probabilities, `aleatoric` the mean of their entropies, and
-    `epistemic` the difference: the mutual information of prediction and member. All are nats, differentiable, and
-    `0 <= epistemic <= total <= log C`, up to rounding in the last.
+    `total` is the entropy of the mean of the members' probabilities. `aleatoric` is the mean of their entropies.
+    `epistemic` is the difference, the mutual information of prediction and member.
 
     >>> agree = torch.tensor([[[0.0, 0.0]], [[0.0, 0.0]]])
     >>> classification_uncertainty(agree)
@@ -77,41 +84,45 @@ def classification_uncertainty(logits: Tensor) -> Uncertainty:
     Uncertainty(total=tensor([0.6931]), aleatoric=tensor([0.]), epistemic=tensor([0.6931]))
 
     Args:
-        logits: of the members, `[E, ..., C]`.
+        logits: `[E, ..., C]`.
+
+    Returns: three tensors `[...]`, differentiable, with `0 <= epistemic <= total <= log C`, the last up to rounding.
 
     Raises:
-        TypeError, ValueError: as `check_logits`.
+        TypeError, ValueError: bad `logits`; see the module.
 
     Source: Houlsby et al. 2011, arXiv:1112.5745, eq. 2; Depeweg et al. 2018, arXiv:1710.07283, section 3.1.
     """
     log_p = _log_probs(check_logits(logits))
     log_q = _log_mean(log_p)
     aleatoric = reduce(log_p.exp() * -log_p, "e ... c -> ... c", "mean").sum(-1)
-    # The mean of KL(p || q), and not a difference of entropies, which loses what is small in their rounding. With
-    # p = q e^gap its terms p log(p / q) are q gap e^gap; less p - q, which sum to 0, each is >= 0 and small by itself.
+    # Compute the mean of KL(p || q): a difference of entropies would lose a small result to rounding. With
+    # p = q e^gap, a term p log(p / q) is q gap e^gap. Subtracting p - q, which sums to 0 over the classes, makes each
+    # term small and >= 0.
     gap = log_p - log_q
     each = reduce(gap * gap.exp() - gap.expm1(), "e ... c -> ... c", "mean")
-    epistemic = (log_q.exp() * each).sum(-1).clamp(min=0)  # should exp and expm1 round apart on some device
+    epistemic = (log_q.exp() * each).sum(-1).clamp(min=0)  # exp and expm1 may round differently on a device
     return Uncertainty(aleatoric + epistemic, aleatoric, epistemic)
 
 
 def regression_uncertainty(outputs: Tensor) -> tuple[Tensor, Uncertainty]:
-    """The mean prediction of a regression ensemble, `[B]`, and the variances around it, each `[B]`.
+    """The mean prediction of a regression ensemble and its variance, by the law of total variance.
 
-    By the law of total variance: `aleatoric` is the mean of the members' variances, `epistemic` the variance of their
-    means, over the E members as a whole population (divided by E, not E - 1), `total` the sum of the two: the variance
-    of the mixture of the members' distributions.
+    `aleatoric` is the mean of the members' variances, `epistemic` the variance of their means, divided by E and not by
+    E - 1. `total` is their sum, the variance of the mixture of the members' distributions.
 
     >>> outputs = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])  # 2 members, 1 input, mean and log variance
     >>> regression_uncertainty(outputs)
     (tensor([2.]), Uncertainty(total=tensor([2.]), aleatoric=tensor([1.]), epistemic=tensor([1.])))
 
     Args:
-        outputs: of the members, `[E, B, 2]`: a mean and the logarithm of a variance; or `[E, B]`: a mean alone, whose
-            aleatoric variance is 0.
+        outputs: `[E, B, 2]`, a mean and the logarithm of a variance; or `[E, B]`, a mean alone, with variance 0.
+
+    Returns: the mean, `[B]`, and the three variances, each `[B]`.
 
     Raises:
-        TypeError, ValueError: `outputs` has another shape, no member or input, or is not floating and finite.
+        TypeError: `outputs` is not a floating tensor.
+        ValueError: `outputs` has another shape, no member or input, or NaN or inf.
 
     Source: Lakshminarayanan, Pritzel & Blundell 2017, arXiv:1612.01474, section 2.4; Depeweg et al. 2018,
     arXiv:1710.07283, section 3.2.
@@ -127,37 +138,41 @@ def regression_uncertainty(outputs: Tensor) -> tuple[Tensor, Uncertainty]:
 
 
 def disagreement(logits: Tensor) -> Tensor:
-    """The share of pairs of two different members that predict different classes, `[...]`; 0 for one member.
+    """The share of pairs of members that predict different classes, for each input.
 
     >>> votes = torch.tensor([[[9.0, 0.0]], [[9.0, 0.0]], [[0.0, 9.0]]])
     >>> disagreement(votes)
     tensor([0.6667])
 
     Args:
-        logits: of the members, `[E, ..., C]`. The class of a member is that of its largest logit, the first of them.
+        logits: `[E, ..., C]`. A member predicts the class of its largest logit, the first of several.
+
+    Returns: `[...]`, from 0 to 1; 0 for one member. It is not differentiable.
 
     Raises:
-        TypeError, ValueError: as `check_logits`.
+        TypeError, ValueError: bad `logits`; see the module.
     """
     logits = check_logits(logits)
     E, C = logits.shape[0], logits.shape[-1]
     votes = rearrange(logits.argmax(-1), "e ... -> e ... 1") == torch.arange(C, device=logits.device)
-    same_pairs = votes.sum(0).square().sum(-1)  # ordered, and a member with itself
+    same_pairs = votes.sum(0).square().sum(-1)  # counts ordered pairs, and each member with itself
     return (E * E - same_pairs).to(logits.dtype) / max(E * (E - 1), 1)
 
 
 def pairwise_kl(logits: Tensor) -> Tensor:
-    """How far apart every two members are: KL(member i || member j) in nats, the mean over all inputs, `[E, E]`.
+    """The divergence KL(member i || member j) of every two members, in nats, averaged over all inputs.
 
     >>> pairwise_kl(torch.tensor([[[0.0, 0.0]], [[0.0, 2.0]]]))
     tensor([[0.0000, 0.4338],
             [0.3278, 0.0000]])
 
     Args:
-        logits: of the members, `[E, ..., C]`. Where j rules out a class that i does not, the KL is inf.
+        logits: `[E, ..., C]`.
+
+    Returns: `[E, E]`, with i on axis 0 and 0 on the diagonal; inf where j rules out a class that i does not.
 
     Raises:
-        TypeError, ValueError: as `check_logits`.
+        TypeError, ValueError: bad `logits`; see the module.
     """
     logits = check_logits(logits)
     inputs = logits[0, ..., 0].numel()
@@ -176,7 +191,7 @@ def pairwise_kl(logits: Tensor) -> Tensor:
 
 
 def _log_probs(logits: Tensor) -> Tensor:
-    """Log probabilities, very low instead of -inf: 0 times inf is NaN, in a product or in its gradient."""
+    """Log probabilities with a finite floor instead of -inf: 0 * inf is NaN, in a product or in its gradient."""
     return logits.log_softmax(-1).clamp(min=_floor(logits))
 
 
@@ -186,4 +201,5 @@ def _log_mean(log_p: Tensor) -> Tensor:
 
 
 def _floor(tensor: Tensor) -> float:
+    """The floor of log probabilities; an eighth of the lowest number, so that sums of several do not overflow."""
     return torch.finfo(tensor.dtype).min / 8

@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, and comes back as it was."""
+"""A checkpoint is written whole or not at all, and loads with the same values and types."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_interrupted_write_leaves_the_last_checkpoint(tmp_path: Path, monkeyp
 
 
 class _Opens:
-    """What a pickle could do when it is read."""
+    """Its pickle calls print when it is loaded."""
 
     def __reduce__(self) -> Any:
         return print, ("code in a checkpoint ran",)

@@ -1,4 +1,4 @@
-"""Uncertainty, disagreement and divergence: equal to SciPy member by member, within their bounds, stable, and pure."""
+"""The measures equal SciPy's member by member, keep their bounds, are numerically stable, and are pure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BY_ROW = [name for name in OF_LOGITS if name != "pairwise_kl"]
 
 @st.composite
 def _logits(draw: st.DrawFn) -> Tensor:
-    """`[E, ..., C]` in float64, from nearly equal members to certain ones, some with classes that are ruled out."""
+    """Draw logits `[E, ..., C]` in float64: members equal, similar or far apart, some with logits of -inf."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     between = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
     E, C = draw(st.integers(1, 5)), draw(st.integers(2, 5))
@@ -105,12 +105,12 @@ def test_members_certain_of_different_classes_have_no_aleatoric_uncertainty(E: i
 
 
 def test_small_disagreement_survives_float32() -> None:
-    """The difference of two entropies near 1 would have no digit of an information of 1e-7."""
+    """A difference of two entropies near 1 has no correct digit of a mutual information of 1e-7."""
     logits = (randn(1, 50, 4) + 3e-4 * randn(5, 50, 4)).float()
     got, want = classification_uncertainty(logits).epistemic, classification_uncertainty(logits.double()).epistemic
     assert want.max() < 2e-7
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=0)
-    # A member's rounded log softmax is off by 1e-7 of a shift of 3e-4.
+    # Rounding of a member's log softmax, 1e-7, times the difference of the members' logits, 3e-4, bounds the error.
     kl = pairwise_kl(logits).double()
     torch.testing.assert_close(kl, pairwise_kl(logits.double()), rtol=0, atol=2e-8)
 
@@ -135,7 +135,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 @given(logits=_logits())
 def test_gradients_are_those_of_the_plain_formulas(logits: Tensor) -> None:
-    logits = logits.clamp(min=-30, max=30)  # where the plain formulas are good
+    logits = logits.clamp(min=-30, max=30)  # beyond, the plain formulas lose their digits
 
     def plain(logits: Tensor) -> Uncertainty:
         p = logits.softmax(-1)
@@ -172,7 +172,7 @@ def test_pairwise_kl_is_scipys(logits: Tensor) -> None:
     impossible = torch.isneginf(logits).reshape(len(logits), -1)
     infinite = torch.stack([(~impossible[i] & impossible).any(1) for i in range(len(logits))])
     assert torch.equal(got.isinf(), infinite)
-    # Where a probability underflows, SciPy has inf (or 0 times inf is 0), and the logits still have the number.
+    # If a probability underflows, SciPy returns inf, but pairwise_kl computes the number from the logits.
     exact = torch.as_tensor(np.isfinite(want)) & ~infinite
     torch.testing.assert_close(got[exact], torch.as_tensor(want)[exact], rtol=1e-9, atol=1e-12)
 

@@ -1,4 +1,4 @@
-"""Temperature scaling: the minimum that scipy finds, within bounds, and in the caller's no_grad."""
+"""fit_temperature finds SciPy's minimum, keeps its bounds, and works under no_grad and inference_mode."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_temperature_is_scipys_minimum(case: tuple[Tensor, Tensor], per_memb
         found = scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-9})
         assert 0.01 <= T.item() <= 100
         assert loss(T.log().numpy()) <= found.fun + 1e-9
-        if 0.02 < T.item() < 50:  # within the bounds the slope is 0
+        if 0.02 < T.item() < 50:  # at a minimum inside the bounds the slope is 0
             log_t = T.log().requires_grad_()
             (slope,) = torch.autograd.grad(nll(some / log_t.exp(), y), log_t)
             assert abs(slope.item()) < 1e-7
@@ -58,7 +58,7 @@ def test_a_temperature_that_was_put_in_is_found() -> None:
 
 
 def test_the_temperature_of_a_nearly_flat_loss() -> None:
-    """Right in 501 of 1000, where the NLL rises by less than 1e-6 from its minimum to the next on the grid."""
+    """With 501 of 1000 correct, the NLL differs by less than 1e-6 between neighbours on the grid."""
     logits, y = torch.tensor([0.0, 0.2]).double().expand(1, 1000, 2), (torch.arange(1000) < 501).long()
     assert fit_temperature(logits, y).item() == pytest.approx(0.2 / math.log(501 / 499), rel=2e-5)
 
