@@ -20,7 +20,7 @@ from tqdm import tqdm
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def _run(*options: str, script: str = "coverage.py", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def _run(*options: str, script: str = "model_coverage.py", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, BENCHMARKS / script, *options], capture_output=True, text=True, cwd=cwd)
 
 
@@ -32,10 +32,10 @@ def test_help_and_bad_options() -> None:
 
 
 def test_the_table_and_the_json(tmp_path: Path) -> None:
-    out = tmp_path / "coverage.json"
+    out = tmp_path / "model_coverage.json"
     answer = _run("--family", "written", "--only", "mlp", "hooks", "--json", str(out))
     assert answer.returncode == 0, answer.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["coverage.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model_coverage.json"]
     models = json.loads(out.read_text())["models"]
     assert set(models) == {"written/mlp", "written/hooks"}
     for run in models["written/mlp"].values():
