@@ -23,13 +23,14 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # Runs scripts as `__main__`, each with its own options, in one process, which imports torch once.
 _DRIVER = """
 import contextlib, io, json, runpy, sys, traceback
-sys.path[0], *calls = sys.argv[1:]
+folder, *calls = sys.argv[1:]
+sys.path[0] = folder
 answers = []
 for script, *options in map(json.loads, calls):
     sys.argv, code = [script, *options], 0
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            runpy.run_path(f"{sys.path[0]}/{script}", run_name="__main__")
+            runpy.run_path(f"{folder}/{script}", run_name="__main__")
         except SystemExit as end:
             code = int(end.code or 0)
         except BaseException:
