@@ -66,6 +66,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the compiler's folder, and those that call `compile_whole` or ask for the `compiler`."""
+    for item in items:
+        function = getattr(item, "obj", None)
+        function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
+        names = getattr(getattr(function, "__code__", None), "co_names", ())
+        if item.path.parent.name == "_compile" or not {"compile_whole", "compiler"}.isdisjoint(names):
+            item.add_marker("compile")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_torch() -> Iterator[None]:
     """Every test starts from the same seed, with no compiled code of other tests."""
