@@ -98,10 +98,15 @@ def loop(
 
 def gradients(call: Callable[..., Any], params: fe.EnsembleParams, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """The gradient, in every parameter, of a fixed random combination of all outputs of `call(params, *args)`."""
-    total = combined(call(params, *args, **kwargs))
+    return gradients_of(call(params, *args, **kwargs), params)
+
+
+def gradients_of(result: Any, params: fe.EnsembleParams) -> dict[str, Tensor]:
+    """The gradient, in every parameter, of a fixed random combination of all tensors in `result`."""
+    total = combined(result)
     assert total is not None
     trained = {name: tensor for name, tensor in tensors_of(params).items() if tensor.requires_grad}
-    total.backward()  # and not grad(), which reentrant checkpointing forbids
+    total.backward()  # autograd.grad() fails with reentrant checkpointing
     found = {name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in trained.items()}
     for tensor in trained.values():
         tensor.grad = None

@@ -20,22 +20,72 @@ from tqdm import tqdm
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def _run(*options: str, script: str = "coverage.py", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+# Runs scripts as `__main__`, each with its own options, in one process, which imports torch once.
+_DRIVER = """
+import contextlib, io, json, runpy, sys, traceback
+folder, *calls = sys.argv[1:]
+sys.path[0] = folder
+answers = []
+for script, *options in map(json.loads, calls):
+    sys.argv, code = [script, *options], 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_path(f"{folder}/{script}", run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    answers.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(answers))
+"""
+
+Answer = subprocess.CompletedProcess[str]
+
+
+def _runs(*calls: list[str], cwd: Path | None = None) -> list[Answer]:
+    """The answers to `calls`, each a script and its options, from one process."""
+    command = [sys.executable, "-c", _DRIVER, str(BENCHMARKS), *map(json.dumps, calls)]
+    whole = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    assert whole.returncode == 0, whole.stderr
+    answers = json.loads(whole.stdout.splitlines()[-1])
+    return [Answer(call, *answer) for call, answer in zip(calls, answers, strict=True)]
+
+
+def _run(*options: str, script: str = "model_coverage.py", cwd: Path | None = None) -> Answer:
     return subprocess.run([sys.executable, BENCHMARKS / script, *options], capture_output=True, text=True, cwd=cwd)
 
 
-def test_help_and_bad_options() -> None:
-    assert "--family" in _run("--help").stdout
-    for options in (["--only", "nothing*"], ["--members", "0"], ["--factory", "nowhere:build"], ["--resume"]):
-        answer = _run(*options)
+_TIMED = ("vmap_vs_be.py", "notebook_job.py", "quality.py")
+_REFUSED = {
+    "model_coverage.py": (["--only", "nothing*"], ["--members", "0"], ["--factory", "nowhere:build"], ["--resume"]),
+    **dict.fromkeys(_TIMED, (["--members", "0"], ["--batch-size", "many"], ["--json", "nowhere/at/all.json"])),
+}
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[Answer]:
+    """The answers of all scripts to `--help` and to the options that they refuse."""
+    calls = [[script, *options] for script, refused in _REFUSED.items() for options in (["--help"], *refused)]
+    return _runs(*calls)
+
+
+@pytest.mark.parametrize(
+    ("script", "documented"), [("model_coverage.py", "--family"), *((script, "--members") for script in _TIMED)]
+)
+def test_help_and_bad_options(script: str, documented: str, answers: list[Answer]) -> None:
+    asked, *refused = (answer for answer in answers if answer.args[0] == script)
+    assert asked.returncode == 0 and documented in asked.stdout
+    for options, answer in zip(_REFUSED[script], refused, strict=True):
+        assert answer.args[1:] == options
         assert answer.returncode == 2 and options[0] in answer.stderr and "Traceback" not in answer.stderr
 
 
 def test_the_table_and_the_json(tmp_path: Path) -> None:
-    out = tmp_path / "coverage.json"
+    out = tmp_path / "model_coverage.json"
     answer = _run("--family", "written", "--only", "mlp", "hooks", "--json", str(out))
     assert answer.returncode == 0, answer.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["coverage.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model_coverage.json"]
     models = json.loads(out.read_text())["models"]
     assert set(models) == {"written/mlp", "written/hooks"}
     for run in models["written/mlp"].values():
@@ -59,12 +109,14 @@ def test_a_factory_and_a_model_that_is_not_equal_to_itself(tmp_path: Path) -> No
         "def restless():\n"
         "    return Restless(3, 2), torch.ones(4, 3)\n"
     )
-    good = _run("--factory", "mine:build", cwd=tmp_path)
+    calls = [["model_coverage.py", "--factory", f"mine:{name}"] for name in ("build", "restless")]
+    good, bad = _runs(*calls, cwd=tmp_path)
     assert good.returncode == 0 and "factory/mine:build" in good.stdout, good.stderr
-    bad = _run("--factory", "mine:restless", cwd=tmp_path)
     assert bad.returncode == 1 and "differs from the loop by" in bad.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.compile
 @pytest.mark.skipif(compiler() != "inductor", reason="it times the compiler")
 def test_vmap_vs_be(tmp_path: Path) -> None:
     answer = _run(
@@ -92,6 +144,8 @@ def test_vmap_vs_be(tmp_path: Path) -> None:
     assert len({len(line) for line in (ruler, *lines)}) == 1, "the table lines up"
 
 
+@pytest.mark.slow
+@pytest.mark.compile
 def test_notebook_job(tmp_path: Path) -> None:
     answer = _run("--images", "70", "--members", "2", "--workers", "0", script="notebook_job.py", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
@@ -165,14 +219,6 @@ def test_classes_are_held_out(tmp_path: Path) -> None:
             quality.study(quality.parse(["--data", "folder", "--batch-size", str(size)]), task)
     with pytest.raises(quality.Unusable, match=r"--hold-out: expected 1 to 2 of 4, got 3"):
         quality.make_task(quality.parse(["--data", "folder", "--data-dir", str(tmp_path), "--hold-out", "3"]))
-
-
-@pytest.mark.parametrize("script", ["vmap_vs_be.py", "notebook_job.py", "quality.py"])
-def test_help_and_bad_options_of_the_timed_scripts(script: str) -> None:
-    assert "--members" in _run("--help", script=script).stdout
-    for options in (["--members", "0"], ["--batch-size", "many"], ["--json", "nowhere/at/all.json"]):
-        answer = _run(*options, script=script)
-        assert answer.returncode == 2 and options[0] in answer.stderr and "Traceback" not in answer.stderr
 
 
 def test_times_are_interleaved_and_ratios_taken_round_by_round() -> None:

@@ -14,7 +14,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange, reduce
+from einops import rearrange, reduce
 from torch import Tensor
 
 from functorch_ens.uncertainty.logits import check_logits, check_regression
@@ -176,18 +176,15 @@ def pairwise_kl(logits: Tensor) -> Tensor:
     """
     logits = check_logits(logits)
     inputs = logits[0, ..., 0].numel()
-    log_p = _log_probs(logits)
-    # KL(p_i || p_j) is the mean of p_i (d_i - d_j) for any reference of the d; that the d are small saves digits.
-    d = rearrange(log_p - _log_mean(log_p).detach(), "e ... c -> e (... c)")
-    p = rearrange(log_p.exp(), "e ... c -> e (... c)")
-    possible = rearrange((logits > -math.inf).to(p.dtype), "e ... c -> e (... c)")
-    with torch.autocast(p.device.type, enabled=False):  # in whose bfloat16 the small differences would be lost
-        cross = einsum(p, d, "i n, j n -> i j")
-        ruled_out = einsum(possible, 1 - possible, "i n, j n -> i j") > 0
-    each = torch.arange(len(cross), device=cross.device)
-    own = cross.gather(1, rearrange(each, "i -> i 1"))  # the diagonal, whose view of a product Inductor fails on
-    kl = (own - cross).clamp(min=0) / inputs
-    return kl.masked_fill(ruled_out, math.inf)
+    log_p = rearrange(_log_probs(logits), "e ... c -> e (... c)")
+    possible = rearrange(logits > -math.inf, "e ... c -> e (... c)")
+    rows = []
+    for log_p_i, possible_i in zip(log_p, possible, strict=True):
+        # The logarithms are subtracted before the sum. Equal members then have a KL of exactly 0, and nearly equal ones
+        # lose no digits; a difference of two matrix products, whose sums run in different orders, has neither.
+        kl = (log_p_i.exp() * (log_p_i - log_p)).sum(-1).clamp(min=0) / inputs
+        rows.append(kl.masked_fill((possible_i & ~possible).any(-1), math.inf))
+    return torch.stack(rows)
 
 
 def _log_probs(logits: Tensor) -> Tensor:

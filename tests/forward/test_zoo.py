@@ -10,16 +10,15 @@ import torch
 from cases import random_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_same, assert_untouched, both_kinds, gradients, loop, snapshot
+from oracle import assert_same, assert_untouched, both_kinds, gradients_of, loop, snapshot
 from torch import Tensor, nn
 from zoo import NOT_LAYERS, Case, Sample, cases, exact, torchvision_names
 
 import functorch_ens as fe
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf"
-    ),  # torch.compile looks at it
+    # Dynamo reads the .grad of every tensor that it wraps.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
 
@@ -31,36 +30,32 @@ def test_every_layer_of_torch_nn_is_in_the_zoo() -> None:
     assert len(torchvision_names("classification")) >= 80
 
 
-def _check(sample: Sample, params: fe.EnsembleParams, *, tolerance: float | None = None, **options: Any) -> fe.Forward:
-    """Outputs, new buffers and gradients are those of the plain loop, nothing is written to, and no cache is left."""
+def _check(
+    sample: Sample, params: fe.EnsembleParams, *options: dict[str, Any], tolerance: float | None = None
+) -> list[fe.Forward]:
+    """Compare a forward with each of the `options` with the plain loop, which is computed once.
+
+    Outputs, new buffers and gradients are equal, nothing is written to, and a second call finds no cache of the first.
+    """
     model, args, kwargs = sample
     buffers = fe.ensemble_buffers(model, params.E)
-    forward = fe.make_forward(model, randomness="same", **options)
     before = snapshot(model, params, buffers, args)
 
-    def call(forward: Any, *more: Any, **seed: int) -> Any:
+    def call(forward: Any) -> Any:
         torch.manual_seed(1)
-        return forward(params, *args, buffers=buffers, **kwargs, **seed)
+        return forward(params, *args, buffers=buffers, **kwargs)
 
-    plain = partial(loop, model, seed=1)
-    assert_same(call(forward), call(plain), tolerance)
-    want = gradients(lambda params: call(plain), params)
-    assert_same(gradients(lambda params: call(forward), params), want, tolerance)
-    assert_untouched(before, model, params, buffers, args)
-    return forward
-
-
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("case", [*cases("nn"), *cases("written")], ids=lambda case: case.name)
-def test_every_model_equals_the_plain_loop(case: Case, train: bool) -> None:
-    sample = exact(case)
-    sample.model.train(train)
-    for params in both_kinds(sample.model, 3):
-        for strategy in ("auto", "loop"):
-            _check(sample, params, strategy=strategy)
+    want = call(partial(loop, model, seed=1))
+    want_gradients = gradients_of(want, params)
+    forwards = [fe.make_forward(model, randomness="same", **each) for each in options]
+    for forward in forwards:
+        assert_same(call(forward), want, tolerance)
+        assert_same(gradients_of(call(forward), params), want_gradients, tolerance)
+        assert_untouched(before, model, params, buffers, args)
+    return forwards
 
 
-# What of the zoo is not by vmap, and nothing else.
+# The models of the zoo that `strategy="auto"` runs one member after another. It runs all others by vmap.
 _BY_LOOP = (
     "RNN",
     "GRU",
@@ -74,13 +69,20 @@ _BY_LOOP = (
 )
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", [*cases("nn"), *cases("written")], ids=lambda case: case.name)
-def test_what_is_by_vmap_stays_so(case: Case) -> None:
-    model, args, kwargs = case.make()
-    forward = fe.make_forward(model)
-    forward(fe.ensemble_params(model, 2, reset=False), *args, buffers=fe.ensemble_buffers(model, 2), **kwargs)
-    by_loop = case.name in _BY_LOOP or case.name.partition(",")[0] in _BY_LOOP[:6]
-    assert forward.strategy == ("loop" if by_loop else "vmap"), forward.reason
+def test_every_model_equals_the_plain_loop(case: Case, train: bool) -> None:
+    sample = exact(case)
+    model, args, kwargs = sample
+    model.train(train)
+    kinds = both_kinds(model, 3)
+    for params in kinds:
+        _check(sample, params, {"strategy": "auto"}, {"strategy": "loop"})
+    if train:
+        forward = fe.make_forward(model)  # with its default, random numbers that differ between members
+        forward(kinds[0], *args, buffers=fe.ensemble_buffers(model, 3), **kwargs)
+        by_loop = case.name in _BY_LOOP or case.name.partition(",")[0] in _BY_LOOP[:6]
+        assert forward.strategy == ("loop" if by_loop else "vmap"), forward.reason
 
 
 @settings(max_examples=40)
@@ -97,7 +99,7 @@ def test_random_models_equal_the_plain_loop(
 ) -> None:
     case.model.train(train)
     params = both_kinds(case.model, E)[batchensemble]
-    _check(Sample(case.model, case.args, {}), params, strategy=strategy, chunk_size=chunk)
+    _check(Sample(case.model, case.args, {}), params, {"strategy": strategy, "chunk_size": chunk})
 
 
 @settings(max_examples=15)
@@ -105,7 +107,7 @@ def test_random_models_equal_the_plain_loop(
 def test_random_models_with_any_part_stacked(case: Any, E: int, data: st.DataObject) -> None:
     names = [name for name, _ in case.model.named_parameters()]
     owned = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
-    _check(Sample(case.model, case.args, {}), fe.batchensemble_params(case.model, E, stacked=owned))
+    _check(Sample(case.model, case.args, {}), fe.batchensemble_params(case.model, E, stacked=owned), {})
 
 
 _TORCHVISION = {
@@ -120,17 +122,17 @@ _TORCHVISION = {
     ("family", "name"), [(family, name) for family, names in _TORCHVISION.items() for name in names]
 )
 def test_a_sample_of_torchvision(family: str, name: str) -> None:
-    """One of each family; benchmarks/coverage.py tries them all."""
+    """One of each family; benchmarks/model_coverage.py tries them all."""
     (case,) = (case for case in cases(family) if case.name == name)
     sample = case.make() if family == "optical_flow" else exact(case)  # RAFT computes in float32, whatever it is given
     params = fe.batchensemble_params(sample.model, 2, r_std=0.1, s_std=0.1)
     tolerance = 1e-2 if family == "optical_flow" else 1e-6
-    forward = _check(sample, params, tolerance=tolerance)
+    (forward,) = _check(sample, params, {}, tolerance=tolerance)
     assert forward.strategy == ("loop" if family == "detection" else "vmap")
 
 
 def test_detections_come_as_lists() -> None:
-    """Every member finds boxes of its own, so many as it finds."""
+    """Every member finds its own number of boxes, so they come as a list of E tensors."""
 
     class Detector(nn.Module):
         def __init__(self) -> None:

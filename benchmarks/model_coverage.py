@@ -3,10 +3,10 @@
 Each model is tried as a classic ensemble and as a BatchEnsemble, in eval and in training mode. Outputs, new buffers and
 gradients must equal those of a plain Python loop over E ordinary networks with the members' weights.
 
-    python benchmarks/coverage.py                            everything; some hours on two cores
-    python benchmarks/coverage.py --family nn written        a few minutes
-    python benchmarks/coverage.py --only 'resnet*' swin_t
-    python benchmarks/coverage.py --factory package.module:build
+    python benchmarks/model_coverage.py                      everything; some hours on two cores
+    python benchmarks/model_coverage.py --family nn written  a few minutes
+    python benchmarks/model_coverage.py --only 'resnet*' swin_t
+    python benchmarks/model_coverage.py --factory package.module:build
 
 A factory takes no arguments and returns a model and the positional arguments of one call of it, as a tuple.
 """
