@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import builtins
 import sys
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +21,11 @@ from functorch_ens.training.gradients import Objective
 Step = Callable[[Any, Any], Any]
 
 
+class _Plan(NamedTuple):
+    size: int
+    table: dict[str, Any]
+
+
 class _House:
     """Stands for a forward: it holds objects of its own, and the user's model beside its own copy of it."""
 
@@ -31,7 +35,7 @@ class _House:
         self.own = nn.Sequential(nn.Linear(3, 2))
         self.users = nn.Sequential(nn.Linear(3, 2))
         self.pairs = [(self.users, self.own), (self.users[0], self.own[0])]
-        self.plan = namedtuple("plan", "size table")(3, {"a b": self.own})
+        self.plan = _Plan(3, {"a b": self.own})
         self.aliases = {"weight": ["0.weight"]}
 
     def compute(self, batch: Any) -> Any: ...
@@ -128,8 +132,9 @@ def test_guards_that_are_made_otherwise_are_all_kept() -> None:
 
 def test_each_object_has_code_of_its_own() -> None:
     house = _House()
-    first, second = (with_own_code(house.compute) for _ in range(2))
-    codes = {id(method.__func__.__code__) for method in (first, second, house.compute)}
+    method: Any = house.compute
+    first, second = with_own_code(method), with_own_code(method)
+    codes = {id(each.__func__.__code__) for each in (first, second, method)}
     assert len(codes) == 3 and first.__self__ is second.__self__ is house
 
 

@@ -99,7 +99,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"values: expected a dict of tensors \[E, ...\], got \[1\]"):
         fe.member_losses(fe.cross_entropy, logits, y, values=[1])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"loss: expected a tensor, got 1.0"):
-        fe.member_losses(lambda output, y: 1.0, logits, y)  # type: ignore[arg-type,return-value]
+        fe.member_losses(lambda output, y: 1.0, logits, y)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"outputs: .* got the shapes \[\[2, 5, 3\], \[4\]\]"):
         fe.member_losses(F.mse_loss, (logits, torch.ones(4)), y)
     with pytest.raises(ValueError, match=r"outputs: .* members first, .* got outputs \[5, 3\] and a target \[5\]"):

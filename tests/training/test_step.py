@@ -564,13 +564,13 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"prepare: the batch .* expected a tuple, .* got a tensor \[5, 3\]"):
         fe.make_train_step(forward, F.mse_loss, optimizer, prepare=lambda x: x, compile=False)(params, x)
     with pytest.raises(TypeError, match="buffers: expected a dict"):
-        step(params, x, y, buffers=3)  # type: ignore[arg-type]  # that is the test
+        step(params, x, y, buffers=3)  # type: ignore[call-overload]  # that is the test
     with pytest.raises(ValueError, match="params: one tensor has two names"):
         step(params._replace(stacked={**params.stacked, "again": params.stacked["bias"]}), x, y)
     with pytest.raises(ValueError, match="the optimizer trains 2 of its 2 tensors elsewhere"):
         step(_copy(params), x, y)
     with pytest.raises(TypeError, match="params: expected EnsembleParams, got dict"):
-        step(params.stacked, x, y)  # type: ignore[arg-type]  # that is the test
+        step(params.stacked, x, y)  # type: ignore[call-overload]  # that is the test
     unreduced = fe.make_train_step(forward, partial(F.mse_loss, reduction="none"), optimizer, compile=False)
     with pytest.raises(ValueError, match=r"loss: expected one number for a member, got a tensor of shape \[5, 2\]"):
         unreduced(params, x, y)
