@@ -1,7 +1,8 @@
 """Every private name of torch that eager code needs: one function each, with a fallback for a torch that lacks it.
 
 `PRIVATE` lists the names, which torch 2.11 to 2.14 all have, and the one feature that is lost without each. Neither the
-import nor any answer depends on them: a test deletes each name in a process of its own, and trains.
+import nor any answer depends on them: a test deletes each name in a process of its own, and trains. Methods of layers
+are not in that list, because torch's own layers call them; they have tests in tests/test_torch.py.
 
 Two things have no fallback, because `torch.func` itself rests on them: the module `torch.utils._pytree`, and the dicts
 in which every `nn.Module` registers its parameters, buffers and hooks.
@@ -9,12 +10,14 @@ in which every `nn.Module` registers its parameters, buffers and hooks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import reduce
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad
+import torch.nn.utils.parametrizations
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -37,36 +40,31 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch._C._functorch", "_unwrap_for_grad"): _MORE_MEMORY,
     ("torch._C", "_DisableFuncTorch"): "a tensor that a model overwrites in its attributes may not be restored",
     ("torch.autograd.forward_ad", "_current_level"): "a forward with chunk_size has no forward-mode derivative",
-    ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): "models that checkpoint (torch 2.11)",
+    ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): "models that checkpoint, with torch 2.11",
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator_impl"): "models that checkpoint",
     ("torch.optim.optimizer", "_global_optimizer_pre_hooks"): _WHOLE_UPDATES,
     ("torch.optim.optimizer", "_global_optimizer_post_hooks"): _WHOLE_UPDATES,
-    ("torch.nn.Conv1d", "_conv_forward"): "rank-1 convolutions multiply W * (r s^T) out",
-    ("torch.nn.Conv2d", "_conv_forward"): "rank-1 convolutions multiply W * (r s^T) out",
-    ("torch.nn.Conv3d", "_conv_forward"): "rank-1 convolutions multiply W * (r s^T) out",
-    ("torch.nn.ConvTranspose1d", "_output_padding"): "rank-1 transposed convolutions multiply W * (r s^T) out",
-    ("torch.nn.BatchNorm1d", "_check_input_dim"): "a BatchNorm without momentum does not check its input's axes",
+    ("torch.nn.utils.parametrizations", "_SpectralNorm"): "spectral_norm in training is computed by the loop",
 }
-"""`{(owner, name): what is lost without it}`."""
+"""`{(module, name): what is lost without it}`."""
 
-
-def _private(owner: str, name: str) -> Any:
-    """The private `name` of a module or class of torch; None where this torch lacks it."""
-    assert (owner, name) in PRIVATE
-    return getattr(reduce(lambda value, part: getattr(value, part, None), owner.split(".")[1:], torch), name, None)
+_private: dict[tuple[str, str], Any] = {
+    (module, name): getattr(sys.modules.get(module), name, None) for module, name in PRIVATE
+}
+"""The same names to their values; None where this torch lacks one."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Transforms of torch.func
 
-_is_batchedtensor = _private("torch._C._functorch", "is_batchedtensor")
-_is_wrapped = _private("torch._C._functorch", "is_functorch_wrapped_tensor")
-_get_unwrapped = _private("torch._C._functorch", "get_unwrapped")
-_peek = _private("torch._C._functorch", "peek_interpreter_stack")
-_is_gradtracking = _private("torch._C._functorch", "is_gradtrackingtensor")
-_level_of = _private("torch._C._functorch", "maybe_get_level")
-_unwrap_for_grad = _private("torch._C._functorch", "_unwrap_for_grad")
-_disable = _private("torch._C", "_DisableFuncTorch")
+_is_batchedtensor = _private["torch._C._functorch", "is_batchedtensor"]
+_is_wrapped = _private["torch._C._functorch", "is_functorch_wrapped_tensor"]
+_get_unwrapped = _private["torch._C._functorch", "get_unwrapped"]
+_peek = _private["torch._C._functorch", "peek_interpreter_stack"]
+_is_gradtracking = _private["torch._C._functorch", "is_gradtrackingtensor"]
+_level_of = _private["torch._C._functorch", "maybe_get_level"]
+_unwrap_for_grad = _private["torch._C._functorch", "_unwrap_for_grad"]
+_disable = _private["torch._C", "_DisableFuncTorch"]
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -107,8 +105,8 @@ def outside_transforms() -> AbstractContextManager[Any]:
 
 def in_forward_mode() -> bool:
     """Whether forward-mode derivatives are being taken. Fallback: False."""
-    level = _private("torch.autograd.forward_ad", "_current_level")
-    return level is not None and level >= 0
+    level: int = getattr(torch.autograd.forward_ad, "_current_level", -1)  # read now: torch assigns to it
+    return level >= 0
 
 
 def version(tensor: Tensor) -> int:
@@ -136,9 +134,39 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+REGISTRIES = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))
+"""The attributes in which every module registers what it is made of."""
+
+
 def compiled_from(module: nn.Module) -> nn.Module | None:
     """The module that `torch.compile` was given, where it returned `module`; None for any other module."""
     return module._modules.get("_orig_mod") if "dynamo_ctx" in vars(module) else None
+
+
+def reset_of(module: nn.Module) -> Callable[[], Any] | None:
+    """What initialises the parameters of `module`: `reset_parameters`, or the private form of it that attention has."""
+    found: Callable[[], Any] | None = getattr(module, "reset_parameters", None)
+    return found or getattr(module, "_reset_parameters", None)
+
+
+def convolve(layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution as `layer` does it, padding modes included, with another weight and bias."""
+    return layer._conv_forward(input, weight, bias)
+
+
+def output_padding(layer: Any, *arguments: Any) -> list[int]:
+    """The output padding of the transposed convolution `layer`."""
+    return layer._output_padding(*arguments)
+
+
+CONVOLVES, PADS = "_conv_forward", "_output_padding"
+"""The methods behind `convolve` and `output_padding`. Fallback, for layers without them: no fast rule, no pure form."""
+
+
+def check_input_dim(layer: Any, input: Tensor) -> None:
+    """ValueError where `input` has not the axes that a norm expects. Fallback: no check."""
+    if hasattr(layer, "_check_input_dim"):
+        layer._check_input_dim(input)
 
 
 def common_base(*classes: type[nn.Module]) -> type[nn.Module]:
@@ -188,6 +216,6 @@ _CHECKPOINTS: dict[str, Any] = {
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
     """Whether any hook runs before or after `optimizer.step()`. Fallback: True."""
-    of_all = [_private("torch.optim.optimizer", f"_global_optimizer_{when}_hooks") for when in ("pre", "post")]
+    of_all = [_private["torch.optim.optimizer", f"_global_optimizer_{when}_hooks"] for when in ("pre", "post")]
     own = [getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
     return any(hooks is None or len(hooks) > 0 for hooks in (*of_all, *own))

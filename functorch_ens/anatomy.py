@@ -19,6 +19,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from functorch_ens import _torch
+
 # --------------------------------------------------------------------------------------------------------------------
 # The layout of a weight
 
@@ -130,14 +132,14 @@ class Site(NamedTuple):
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter registered there. Not by getattr: a template computes some of its weights in properties."""
-        parameter = self.module._parameters[self.leaf]
+        parameter = _torch.parameters_of(self.module)[self.leaf]
         assert parameter is not None
         return parameter
 
     @property
     def buffer(self) -> Tensor | None:
         """The buffer registered there now; a forward may have assigned another tensor."""
-        return self.module._buffers[self.leaf]
+        return _torch.buffers_of(self.module)[self.leaf]
 
 
 class Anatomy:
@@ -156,9 +158,9 @@ class Anatomy:
         """Every module once, under its first name."""
         self.kind = next(type(module).__name__ for module in self.modules.values() if not is_compiled(module))
         """The name of the class of the model as it was written, without the wrapper of torch.compile."""
-        self.sites = _sites(self.modules, "_parameters")
+        self.sites = _sites(self.modules, _torch.parameters_of)
         """By name, the sites of every parameter. Tied ones have several; the first gives the parameter its name."""
-        self.buffer_sites = _sites(self.modules, "_buffers")
+        self.buffer_sites = _sites(self.modules, _torch.buffers_of)
         self.parameters = {name: places[0].parameter for name, places in self.sites.items()}
         self.buffers = dict(model.named_buffers())
         if not self.parameters:
@@ -201,11 +203,11 @@ class Anatomy:
         return {name: module for name, module in self.modules.items() if isinstance(module, kind)}
 
 
-def _sites(modules: dict[str, nn.Module], registry: str) -> dict[str, list[Site]]:
-    """The sites of every tensor in the `registry` of a module. A module used in two places has one site, not two."""
+def _sites(modules: dict[str, nn.Module], registry: Callable[[nn.Module], Any]) -> dict[str, list[Site]]:
+    """The sites of every tensor in the `registry` of each module. A module used in two places has one site, not two."""
     found: dict[int, list[Site]] = {}
     for prefix, module in modules.items():
-        for leaf, tensor in getattr(module, registry).items():
+        for leaf, tensor in registry(module).items():
             if tensor is not None:
                 found.setdefault(id(tensor), []).append(Site(f"{prefix}.{leaf}" if prefix else leaf, module, leaf))
     return {places[0].name: places for places in found.values()}
@@ -237,7 +239,7 @@ def copy_structure(
     try:
         for module in reversed(list(model.modules())):  # the innermost first
             if is_compiled(module):
-                memo[id(module)] = copy.deepcopy(module._modules["_orig_mod"], memo)
+                memo[id(module)] = copy.deepcopy(_torch.compiled_from(module), memo)
         return copy.deepcopy(model, memo)
     except Exception as error:
         error.add_note(f"functorch_ens: {type(model).__name__} could not be copied; copy.deepcopy(model) must work")
@@ -246,7 +248,7 @@ def copy_structure(
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether `module` is the wrapper that `torch.compile` puts around a module."""
-    return "_orig_mod" in module._modules and "dynamo_ctx" in vars(module)
+    return _torch.compiled_from(module) is not None
 
 
 # These have attributes too, but they are not part of the state of the module that refers to them.
@@ -283,6 +285,10 @@ def reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
                 pending += contents(value)
 
 
+_OF_RNNS = frozenset(vars(nn.RNN(1, 1, device="meta")))
+"""The attributes that every RNN has."""
+
+
 def check_replaceable(anatomy: Anatomy) -> None:
     """ValueError where functional_call cannot replace the parameters of the model.
 
@@ -301,7 +307,7 @@ def check_replaceable(anatomy: Anatomy) -> None:
             cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
             inside = [cell for cell in cells if isinstance(cell, nn.Module) and any(True for _ in cell.parameters())]
             # An RNN fills its list of flat weights anew whenever its parameters are replaced.
-            if isinstance(module, nn.RNNBase) and name == "_flat_weights":
+            if isinstance(module, nn.RNNBase) and name in _OF_RNNS:
                 continue
             if inside or id(value) in tensors or any(id(cell) in tensors for cell in cells):
                 raise ValueError(

@@ -107,6 +107,11 @@ class Forward:
         """The strategy in use: `"vmap"` or `"loop"`."""
         return self.plan.strategy
 
+    @property
+    def made(self) -> list[object]:
+        """The objects that this forward has made and never changes, so that Dynamo need not guard them."""
+        return [self._anatomy, self._convolutions, *self._template.made]
+
     @overload
     def __call__(self, params: EnsembleParams, /, *args: Any, buffers: None = None, **kwargs: Any) -> Any: ...
 
@@ -114,11 +119,6 @@ class Forward:
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor], **kwargs: Any
     ) -> tuple[Any, dict[str, Tensor]]: ...
-
-    @property
-    def made(self) -> list[object]:
-        """The objects that it has made for itself and never changes: Dynamo need not guard them."""
-        return [self._anatomy, self._convolutions, *self._template.made]
 
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any

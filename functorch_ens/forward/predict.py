@@ -1,4 +1,4 @@
-"""What an ensemble answers to a whole data set."""
+"""`predict`: the outputs of all members for a whole data set, batch by batch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from einops import repeat
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from functorch_ens._torch import pytree
 from functorch_ens.checks import check_positive_int, shown
 from functorch_ens.forward.forward import Forward
 from functorch_ens.params.pytree import EnsembleParams
@@ -25,7 +25,7 @@ def predict(
     prepare: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Every member's output for all of `inputs`, in eval mode, without gradients, in batches.
+    """Compute every member's output for all of `inputs`, in eval mode and without gradients, in batches.
 
     >>> import torch, functorch_ens as fe
     >>> model = torch.nn.Linear(3, 2)
@@ -33,16 +33,15 @@ def predict(
     torch.Size([5, 1000, 2])
 
     Args:
-        forward: from `make_forward`. One with `member_inputs=True` gets the same inputs for every member.
-        params: those of the ensemble.
-        inputs: tensors `[N, ...]`, which all members get.
-        buffers: those of the ensemble, which are only read.
-        batch_size: how many of the N rows go through the model at once.
-        prepare: what is done with a batch first: `prepare(*inputs)` returns the input, or a tuple of inputs, of the
-            model.
-        kwargs: go to the model with every batch.
+        forward: from `make_forward`; with `member_inputs=True`, every member gets the same inputs.
+        params: the parameters of the ensemble.
+        inputs: tensors `[N, ...]`, for all members.
+        buffers: the buffers of the ensemble, `{name: [E, ...]}`; they are only read.
+        batch_size: the number of rows that go through the model at once.
+        prepare: `prepare(*batch)` returns the model's input, or a tuple of its inputs.
+        kwargs: keyword arguments of the model, given with every batch.
 
-    Returns: the output, any pytree or dataclass, each tensor `[E, N, ...]`. The model is left in its mode.
+    Returns: the output, any pytree or dataclass of tensors `[E, N, ...]`. Afterwards the model is in its mode again.
 
     Raises: TypeError or ValueError where `inputs` are not tensors of one length N > 0, where a tensor in the output is
         not `[E, B, ...]`, and as `forward` does.

@@ -1,13 +1,13 @@
-"""Memory for time: a computation whose intermediate values are not kept, but computed again in the backward pass.
+"""Checkpointing: a backward pass computes the intermediate values of a chunk again, instead of keeping them.
 
-This is what `torch.utils.checkpoint` does (Chen et al. 2016, arXiv:1604.06174), in a form that `torch.func` can follow.
+`torch.utils.checkpoint` does the same (Chen et al. 2016, arXiv:1604.06174), but `torch.func` cannot follow it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +18,17 @@ from functorch_ens._torch import pytree
 from functorch_ens.anatomy import is_numeric
 from functorch_ens.rng import RandomState, drawing_from
 
+Result = TypeVar("Result", bound=tuple[Any, ...])
+
 
 def recomputed(
-    function: Callable[[Any], tuple[Any, Any]], argument: Any, replay: Callable[[], AbstractContextManager[None]]
-) -> tuple[Any, Any]:
-    """`function(argument)`, pytrees of tensors; in a backward pass it is called again, within `replay()`.
+    function: Callable[[Any], Result], argument: Any, replay: Callable[[], AbstractContextManager[None]]
+) -> Result:
+    """`function(argument)`, from a pytree of tensors to a tuple of them; a backward pass computes it again.
 
-    It returns a pair; inside `torch.func.grad` the second of it is taken for constant. The second time it finds the
-    random state and autocast as they were the first time. Inside `torch.compile`, which plans the memory itself, and
-    for forward-mode derivatives, which have no backward pass, it is called as it is.
+    The second call runs within `replay()`, from the random state and the autocast settings of the first. Inside
+    `torch.func.grad` only the first entry of the tuple has a gradient. torch.compile plans memory by itself, and
+    forward-mode derivatives have no backward pass: under both, nothing is computed again.
     """
     leaves, spec = pytree.tree_flatten(argument)
     trained = [leaf.requires_grad for leaf in leaves]
@@ -41,14 +43,14 @@ def recomputed(
         outputs, form = pytree.tree_flatten(result)
         first = len(pytree.tree_leaves(result[0]))
         constant = [index >= first or not is_numeric(leaf) for index, leaf in enumerate(outputs)]
-        # An input that is also an output cannot be told apart from it by autograd.
+        # autograd.Function cannot return one of its inputs as it is: return a view of it.
         return tuple(leaf.view_as(leaf) if any(leaf is x for x in tensors) else leaf for leaf in outputs)
 
     def first_time(*tensors: Tensor) -> tuple[Tensor, ...]:
         nonlocal constant
         if _torch.inside_transform():
             return flat(*tensors)
-        with torch.enable_grad():  # to see what depends on what is trained
+        with torch.enable_grad():  # autograd then tells which outputs depend on a trained tensor
             outputs = flat(*(x.detach().requires_grad_(needed) for x, needed in zip(tensors, trained, strict=True)))
         constant = [not leaf.requires_grad for leaf in outputs]
         return tuple(leaf.detach() for leaf in outputs)
@@ -61,7 +63,8 @@ def recomputed(
             yield
 
     outputs = _Recomputed.apply(first_time, flat, again, lambda: constant, *leaves)
-    return pytree.tree_unflatten(list(outputs), form)
+    result: Result = pytree.tree_unflatten(list(outputs), form)
+    return result
 
 
 class _Recomputed(torch.autograd.Function):
@@ -105,7 +108,7 @@ class _Recomputed(torch.autograd.Function):
             with ctx.again():
                 pull: Any = vjp(compute, *some)[1]
             found = pull(slopes)
-        else:  # works also for operations that torch.func cannot follow
+        else:  # plain autograd also serves operations that torch.func cannot follow
             with ctx.again(), torch.enable_grad():
                 leaves = [tensor.detach().requires_grad_() for tensor in some]
                 outputs = compute(*leaves)
@@ -115,7 +118,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _surroundings(tensors: list[Tensor]) -> Callable[[], AbstractContextManager[None]]:
-    """The random state and the autocast of now, as a context to come back to."""
+    """A context that brings back the present random state and autocast settings."""
     state = RandomState.of(tensors)
     casts: dict[str, dict[str, Any]] = {
         kind: {

@@ -24,7 +24,7 @@ def run(call: Call, plan: Plan) -> Returned:
     parts = []
     for index, chunk in enumerate(chunks):
         with repeatable(plan.randomness, chunk, last=index == len(chunks) - 1):
-            parts.append(Returned(*recomputed(lambda chunk: plan.compute(call, chunk), chunk, call.replay)))
+            parts.append(recomputed(lambda chunk: plan.compute(call, chunk), chunk, call.replay))
     return combined(parts, _join, torch.cat)
 
 

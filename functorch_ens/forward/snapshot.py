@@ -1,4 +1,4 @@
-"""What a forward may leave behind on the modules of a model (caches, counters, lists), and how it is undone."""
+"""A snapshot of a module tree, which undoes the changes (caches, counters, lists) that a forward makes to it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,19 @@ from torch import Tensor, nn
 from functorch_ens import _torch
 from functorch_ens.anatomy import INTERNAL, contents
 
-_REGISTRIES = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))
-
-
-# Older compilers cannot look through the `__dict__` of a module.
+# An older Dynamo cannot trace the `__dict__` of a module.
 TRACES_DICT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 
 
 class Snapshot:
-    """The attributes of all modules of `model`, and the contents of the containers, objects and tensors they hold.
+    """The attributes of all modules of `model`, and the contents of the containers, objects and tensors in them.
 
-    Everything is restored in place, so that what two modules share stays shared. Only objects whose ids are in `owned`
-    are looked at; parameters and buffers are left alone.
+    Restoring writes in place, so that objects which two modules share stay shared. The snapshot covers only objects
+    whose ids are in `owned`, and neither parameters nor buffers.
     """
 
     def __init__(self, model: nn.Module, owned: set[int]) -> None:
-        # Each with its attributes, and those of them that not every module has.
+        # Each module, all its attributes, and those among them that not every module has.
         self._modules: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._lists: list[tuple[list[Any] | deque[Any], list[Any]]] = []
@@ -38,7 +35,7 @@ class Snapshot:
             own = {name: value for name, value in attributes.items() if name not in INTERNAL}
             self._modules.append((module, attributes, own))
             for name, value in attributes.items():
-                if name in _REGISTRIES or name in own:
+                if name in _torch.REGISTRIES or name in own:
                     self._remember(value, owned)
 
     def _remember(self, value: Any, owned: set[int]) -> None:
@@ -59,7 +56,7 @@ class Snapshot:
             self._remember(item, owned)
 
     def restore(self) -> None:
-        """Undo every change since the snapshot; `torch.compile` can trace it."""
+        """Undo every change since the snapshot. Dynamo can trace this."""
         for now, before in self._dicts:
             if len(now) != len(before) or any(key not in now or now[key] is not before[key] for key in before):
                 now.clear()
@@ -72,7 +69,7 @@ class Snapshot:
             if members != kept:
                 members.clear()
                 members.update(kept)
-        if not torch.compiler.is_compiling():  # which cannot read a version
+        if not torch.compiler.is_compiling():  # Dynamo cannot read a version counter
             for tensor, value, version in self._tensors:
                 if _torch.version(tensor) != version:
                     _write(tensor, value)
@@ -85,12 +82,12 @@ class Snapshot:
             for name, value in (own if compiling else attributes).items():
                 if name not in state or state[name] is not value:
                     setattr(module, name, value)
-            if len(state) > len(attributes) + 1:  # with `training`
+            if len(state) > len(attributes) + 1:  # `training` is the one more
                 for name in [name for name in state if name not in attributes and name != "training"]:
                     delattr(module, name)
 
     def _reassign(self) -> None:
-        """Undo assignments to the attributes that were there; new ones stay."""
+        """Undo assignments to attributes that the snapshot has. New attributes stay."""
         for module, _, own in self._modules:
             for name, value in own.items():
                 if getattr(module, name) is not value:
@@ -98,5 +95,5 @@ class Snapshot:
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:
-    with _torch.outside_transforms(), torch.no_grad():  # the tensor itself, not what vmap or grad make of it
+    with _torch.outside_transforms(), torch.no_grad():  # else vmap or grad would make a new tensor of the result
         tensor.copy_(value)

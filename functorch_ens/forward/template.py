@@ -1,4 +1,4 @@
-"""One member of an ensemble as a pure function of its tensors: the structure of a model, without its memory."""
+"""One member as a pure function of its tensors, by `functional_call` on a copy of the model without memory."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from functorch_ens.layers.registry import specialise
 
 
 class Template:
-    """The structure of `model`, on the meta device, called with the tensors of one member.
+    """A copy of the model on the meta device, which is called with the tensors of one member.
 
-    A weight that comes with its `r` and `s` is `W * (r s^T)` wherever the model's code reads it; a layer with a fast
-    rule for its whole forward uses that instead. Everything else is as the model has it.
+    Where a weight is given with its `r` and `s`, a layer with a fast rule computes by that rule; all other code that
+    reads the weight gets `W * (r s^T)`.
     """
 
     def __init__(self, anatomy: Anatomy, side: str = "auto") -> None:
@@ -55,23 +55,23 @@ class Template:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The output of one member with the parameters `tensors`, and what its `buffers`, written in place, became."""
+        """The output of one member, and its new buffers. The forward may write to `buffers` in place."""
         given = {alias: tensor for name, tensor in {**tensors, **buffers}.items() for alias in self._aliases[name]}
         try:
             with nullcontext() if torch.compiler.is_compiling() else _torch.checkpoints_passed_over():
                 output = functional_call(self._module, given, args, kwargs, tie_weights=False)
         finally:
             self._pristine.restore()
-        # functional_call writes what the forward assigned to its buffers back to the dict that it was given.
+        # Where the forward assigned a new tensor to a buffer, functional_call has put that into the dict.
         return output, {name: given[name] for name in buffers}
 
     @property
     def made(self) -> list[object]:
-        """The objects that it has made for itself and never changes; the model's own modules are not among them."""
+        """The objects that this template has made and never changes. The model's own modules are not among them."""
         return [*self._module.modules(), self._pristine, self._aliases]
 
     def own_buffers(self) -> dict[str, Tensor]:
-        """The model's own, as they are now."""
+        """The model's own buffers, as they are now."""
         found = {name: places[0].buffer for name, places in self._buffers.items()}
         return {name: buffer for name, buffer in found.items() if buffer is not None}
 
@@ -81,7 +81,7 @@ class Template:
 
     @contextmanager
     def mode(self, training: bool | None) -> Iterator[None]:
-        """The model in training mode, or not, or (None) as it is; afterwards each module of it as it was."""
+        """Inside, the model is in training or eval mode, or (None) as it is; afterwards every module is as it was."""
         before = self.modes()
         try:
             for module, _ in self._pairs:
@@ -92,12 +92,12 @@ class Template:
                 module.training = was
 
     def follow(self, modes: list[bool]) -> None:
-        """Take over which modules are in training mode."""
+        """Put every module of the copy into the mode that `modes` has for it."""
         for (_, own), mode in zip(self._pairs, modes, strict=True):
-            own.training = mode  # without a look at what it was, which torch.compile would guard on
+            own.training = mode  # unconditionally: Dynamo would guard on a value that is read
 
     def name_of(self, module: Any) -> str | None:
-        """What the model calls the part that `module`, a part of the template, stands for; None where it is no part."""
+        """The qualified name of `module`, where it is part of the copy; else None."""
         return next((name for name, own in self._module.named_modules() if own is module), None)
 
 
@@ -108,7 +108,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 def _aliases(
     model: Mapping[str, list[Site]], template: Mapping[str, list[Site]], layouts: Mapping[str, Layout]
 ) -> dict[str, list[str]]:
-    """By its name in the model, all the names of each tensor in the template; of the `r` and `s` it can have, too."""
+    """By its first name in the model, every name of a tensor in the copy; also for the `r` and `s` that it can have."""
     aliases: dict[str, list[str]] = {}
     for name, (own, places) in zip(model, template.items(), strict=True):
         aliases[name] = [site.name for site in places]

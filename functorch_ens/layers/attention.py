@@ -102,7 +102,7 @@ register(
     layout=lambda layer: Layout(),
     pure={"forward": _pure},
     rule=_rule,
-    when=lambda layer: layer._qkv_same_embed_dim and layer.bias_k is None and not layer.add_zero_attn,
+    when=lambda layer: layer.in_proj_weight is not None and layer.bias_k is None and not layer.add_zero_attn,
 )
 # The inference fast path has no derivative. The layer takes it only for an activation that it knows, and 0 is none.
 register(nn.TransformerEncoderLayer, attributes={"activation_relu_or_gelu": 0})

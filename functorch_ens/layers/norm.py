@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from functorch_ens._torch import common_base
+from functorch_ens._torch import check_input_dim, common_base
 from functorch_ens.layers.registry import register
 
 RUNNING_NORM = common_base(nn.BatchNorm1d, nn.InstanceNorm1d)
@@ -24,7 +24,7 @@ def _pure(layer: Any, input: Tensor) -> Tensor:
     """BatchNorm with `momentum=None`. Torch reads its count of batches as a Python number, which vmap refuses."""
     if layer.momentum is not None or not layer.track_running_stats:
         return _BATCH_NORM.forward(layer, input)
-    layer._check_input_dim(input)
+    check_input_dim(layer, input)
     if not layer.training:
         return F.batch_norm(input, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
     with torch.no_grad():

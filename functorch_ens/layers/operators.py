@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from functorch_ens._torch import is_batched
 from functorch_ens.anatomy import Layout
 
 SIDES = ("auto", "activation", "weight")
@@ -61,8 +62,7 @@ def _is_choice(x: Tensor, own: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    is_own = torch._C._functorch.is_batchedtensor
-    return x.numel() >= FEW and is_own(own) and not is_own(x)
+    return x.numel() >= FEW and is_batched(own) and not is_batched(x)
 
 
 def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy, Layout, check_layer_types, layout_of, rank1_layout, rank1_names
 from functorch_ens.layers.weight import Rank1
 
@@ -156,7 +157,7 @@ def obstacle(anatomy: Anatomy) -> str | None:
         for _, kind in _rows(module):
             if kind.obstacle:
                 return f"{where} calls {kind.obstacle}"
-        if module._backward_hooks or module._backward_pre_hooks:
+        if _torch.has_backward_hooks(module):
             return f"{where} has backward hooks, which vmap passes by"
     return None
 
@@ -178,7 +179,7 @@ def specialise(copy: Any, layer: nn.Module, layouts: Mapping[str, Layout], side:
         for name, value in kind.attributes.items():
             setattr(copy, name, value)
     for leaf in layouts:
-        copy._parameters.update(dict.fromkeys(rank1_names(leaf)))
+        _torch.parameters_of(copy).update(dict.fromkeys(rank1_names(leaf)))
     if pure or layouts:
         copy.__class__ = _specialised(cls, pure, tuple(layouts.items()), rule, side)
 
@@ -204,7 +205,7 @@ def _specialised(
     def effective(leaf: str, layout: Layout) -> property:
         def read(self: nn.Module) -> Tensor | None:
             rank1 = _rank1_of(self, leaf, layout, side)
-            return self._parameters[leaf] if rank1 is None else rank1.materialise()
+            return _torch.parameters_of(self)[leaf] if rank1 is None else rank1.materialise()
 
         return property(read)
 
@@ -224,5 +225,6 @@ def _specialised(
 
 def _rank1_of(layer: nn.Module, leaf: str, layout: Layout, side: str) -> Rank1 | None:
     """The rank-1 weight `leaf` of `layer`; None where the call gives no `r` and `s`, or the layer lacks the weight."""
-    weight, (r, s) = layer._parameters[leaf], (layer._parameters[vector] for vector in rank1_names(leaf))
+    own = _torch.parameters_of(layer)
+    weight, (r, s) = own[leaf], (own[vector] for vector in rank1_names(leaf))
     return None if weight is None or r is None or s is None else Rank1(weight, r, s, layout, side)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from functorch_ens._torch import reset_of
 from functorch_ens.anatomy import Anatomy, copy_structure, is_numeric
 from functorch_ens.checks import check_keys
 from functorch_ens.rng import MAX_SEED, drawing_from
@@ -60,9 +61,9 @@ def _resetter(model: nn.Module, own: dict[str, Tensor]) -> Callable[[], Drawn]:
     """
     blank = copy_structure(model, lambda p: p.cpu().clone(), lambda buffer: buffer.detach().cpu().clone())
     parameters = {name: parameter.detach() for name, parameter in zip(own, blank.parameters(), strict=True)}
-    # Inner modules first, as constructors run. In torch's MultiheadAttention and Transformer the name is underscored.
+    # Inner modules first, as constructors run.
     resets = [
-        getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        reset_of(module)
         for module in reversed(list(blank.modules()))
         if not any(parameter.is_quantized for parameter in module.parameters(recurse=False))
     ]

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from functorch_ens._torch import pytree
 from functorch_ens.params.pytree import EnsembleParams
 
 

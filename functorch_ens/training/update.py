@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from functorch_ens._torch import has_step_hooks
 from functorch_ens.training.optim import Trained, is_dense
 
 # These update each number of a tensor independently of the others. (A subclass may do anything.)
@@ -44,21 +45,10 @@ def can_be_parted(optimizer: Optimizer, trained: Trained) -> bool:
         and not trained.params.shared
         and not trained.slices
         and sum(stack.nbytes // len(stack) for stack in stacks) >= SMALL * len(stacks)
-        and not _has_hooks(optimizer)
+        and not has_step_hooks(optimizer)
         and not any(group["differentiable"] for group in optimizer.param_groups)
         and all(is_dense(stack[:1]) for stack in stacks)
     )
-
-
-def _has_hooks(optimizer: Optimizer) -> bool:
-    """Whether hooks are registered on the steps of this optimiser or of all; True where torch does not say."""
-    try:
-        from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-
-        own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    except (ImportError, AttributeError):  # both are private names of torch
-        return True
-    return any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
 
 
 class Update:
