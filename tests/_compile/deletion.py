@@ -67,14 +67,18 @@ def train(conv: bool) -> dict[str, Any]:
 
 def plain_works() -> bool:
     """Whether torch.compile itself does, for gradients like those of a step."""
-    weights, y = torch.randn(2, 3, 3), torch.randint(3, (5,))
+    from functorch_ens import cross_entropy
 
-    def loss(weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        outputs = torch.func.vmap(lambda weight: torch.nn.functional.cross_entropy(x @ weight, y))(weights)
-        return outputs.sum()
+    layers, x, y = (torch.randn(2, 3, 3), torch.randn(2, 3)), torch.randn(5, 3), torch.randint(3, (5,))
+
+    def loss(layers: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        def of_one(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(torch.nn.functional.linear(x, weight, bias), y)
+
+        return torch.func.vmap(of_one)(*layers).sum()
 
     try:
-        torch.compile(torch.func.grad(loss))(weights, torch.randn(5, 3))
+        torch.compile(torch.func.grad_and_value(loss))(layers)
     except Exception:
         return False
     return True
