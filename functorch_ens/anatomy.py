@@ -1,4 +1,4 @@
-"""Everything that is known of a model before it is called, and copies of a model without its tensors.
+"""Everything that is known of a model before it is called.
 
 A public function makes one `Anatomy` of its model and hands it on. It includes the sizes of the rank-1 vectors `r` and
 `s`, which follow from the class of the layer: `rank1_layout` registers a `Layout` for each class.
@@ -6,15 +6,10 @@ A public function makes one `Anatomy` of its model and hands it on. It includes 
 
 from __future__ import annotations
 
-import copy
-from collections import deque
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from math import prod
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -156,7 +151,7 @@ class Anatomy:
         self.model = model
         self.modules = dict(model.named_modules())
         """Every module once, under its first name."""
-        self.kind = next(type(module).__name__ for module in self.modules.values() if not is_compiled(module))
+        self.kind = next(type(module).__name__ for module in self.modules.values() if not _torch.compiled_from(module))
         """The name of the class of the model as it was written, without the wrapper of torch.compile."""
         self.sites = _sites(self.modules, _torch.parameters_of)
         """By name, the sites of every parameter. Tied ones have several; the first gives the parameter its name."""
@@ -211,107 +206,3 @@ def _sites(modules: dict[str, nn.Module], registry: Callable[[nn.Module], Any]) 
             if tensor is not None:
                 found.setdefault(id(tensor), []).append(Site(f"{prefix}.{leaf}" if prefix else leaf, module, leaf))
     return {places[0].name: places for places in found.values()}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Copies of a model
-
-
-def copy_structure(
-    model: nn.Module,
-    parameter: Callable[[Tensor], Tensor],
-    buffer: Callable[[Tensor], Tensor],
-    memo: dict[int, Any] | None = None,
-) -> nn.Module:
-    """A deep copy of `model` with `parameter(p)` and `buffer(b)` in the place of its parameters and buffers.
-
-    Ties and the order of parameters and buffers are kept. Tensors in plain attributes (constants, caches) are cloned
-    without their autograd history. A module wrapped by torch.compile is copied without the wrapper. `memo` is
-    `copy.deepcopy`'s: afterwards its values are all the objects that the copy does not share with `model`.
-    """
-    memo = {} if memo is None else memo
-    for module in model.modules():
-        for _, value in () if is_compiled(module) else reachable(module):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value.detach().clone()
-    memo.update({id(b): buffer(b) for b in model.buffers()})
-    memo.update({id(p): nn.Parameter(parameter(p.detach()), requires_grad=p.requires_grad) for p in model.parameters()})
-    try:
-        for module in reversed(list(model.modules())):  # the innermost first
-            if is_compiled(module):
-                memo[id(module)] = copy.deepcopy(_torch.compiled_from(module), memo)
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        error.add_note(f"functorch_ens: {type(model).__name__} could not be copied; copy.deepcopy(model) must work")
-        raise
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `module` is the wrapper that `torch.compile` puts around a module."""
-    return _torch.compiled_from(module) is not None
-
-
-# These have attributes too, but they are not part of the state of the module that refers to them.
-_OPAQUE = (nn.Module, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, torch.Generator, Tensor)
-INTERNAL = frozenset(vars(nn.Module()))
-"""The attributes that every module has."""
-
-
-def contents(value: Any) -> list[Any]:
-    """The values that a container, a plain object or a `functools.partial` holds directly."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, list | tuple | set | deque):
-        return list(value)
-    if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, _OPAQUE):
-        return []
-    return list(getattr(value, "__dict__", {}).values())
-
-
-def reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every value in the plain attributes of `module`, at any depth, each with the name of the attribute."""
-    seen: set[int] = set()
-    for name, attribute in vars(module).items():
-        if name in INTERNAL:
-            continue
-        pending = [attribute]
-        while pending:
-            value = pending.pop()
-            if id(value) not in seen:
-                seen.add(id(value))
-                yield name, value
-                pending += contents(value)
-
-
-_OF_RNNS = frozenset(vars(nn.RNN(1, 1, device="meta")))
-"""The attributes that every RNN has."""
-
-
-def check_replaceable(anatomy: Anatomy) -> None:
-    """ValueError where functional_call cannot replace the parameters of the model.
-
-    TorchScript compiles them into its code, and a tensor that is also kept in a plain attribute is read from there.
-    """
-    tensors = {id(tensor) for tensor in [*anatomy.parameters.values(), *anatomy.buffers.values()]}
-    for prefix, module in anatomy.modules.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(
-                f"model: {prefix!r} is a {type(module).__name__}, whose parameters are part of its compiled code; give "
-                "the module that it was made from, and compile the forward instead"
-            )
-        if is_compiled(module):
-            continue
-        for name, value in reachable(module):
-            cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]
-            inside = [cell for cell in cells if isinstance(cell, nn.Module) and any(True for _ in cell.parameters())]
-            # An RNN fills its list of flat weights anew whenever its parameters are replaced.
-            if isinstance(module, nn.RNNBase) and name in _OF_RNNS:
-                continue
-            if inside or id(value) in tensors or any(id(cell) in tensors for cell in cells):
-                raise ValueError(
-                    f"model: {type(module).__name__} {prefix!r} keeps parameters or buffers of the model in its "
-                    f"attribute {name!r}, besides where they are registered; members could not have their own there. "
-                    "Read them from the module that owns them, in a method."
-                )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from functorch_ens import _torch
-from functorch_ens.anatomy import INTERNAL, contents
+from functorch_ens.copies import INTERNAL, contents
 
 # An older Dynamo cannot trace the `__dict__` of a module.
 TRACES_DICT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)

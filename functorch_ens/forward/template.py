@@ -11,15 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from functorch_ens import _torch
-from functorch_ens.anatomy import (
-    Anatomy,
-    Layout,
-    Site,
-    check_replaceable,
-    copy_structure,
-    is_compiled,
-    rank1_names,
-)
+from functorch_ens.anatomy import Anatomy, Layout, Site, rank1_names
+from functorch_ens.copies import check_replaceable, copy_structure
 from functorch_ens.forward.snapshot import Snapshot
 from functorch_ens.layers.registry import specialise
 
@@ -36,7 +29,7 @@ class Template:
         model = anatomy.model
         memo: dict[int, Any] = {}
         self._module = copy_structure(model, _on_meta, _on_meta, memo)
-        written = [module for module in model.modules() if not is_compiled(module)]
+        written = [module for module in model.modules() if not _torch.compiled_from(module)]
         self._pairs = list(zip(written, self._module.modules(), strict=True))
         blank = Anatomy(self._module)
         for layer, own in self._pairs:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from functorch_ens._torch import reset_of
-from functorch_ens.anatomy import Anatomy, copy_structure, is_numeric
+from functorch_ens.anatomy import Anatomy, is_numeric
 from functorch_ens.checks import check_keys
+from functorch_ens.copies import copy_structure
 from functorch_ens.rng import MAX_SEED, drawing_from
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from functorch_ens.anatomy import Anatomy, is_numeric, rank1_names
 from functorch_ens.layers.weight import Rank1
 from functorch_ens.params.pytree import EnsembleParams, check_params
+from functorch_ens.trees import members as members_of
 
 Member = nn.Module | Mapping[str, Tensor]
 
@@ -77,7 +78,7 @@ def member_params(model: nn.Module, params: EnsembleParams, i: int) -> dict[str,
         raise TypeError(f"i: expected an int, got {i!r}")
     if not 0 <= i < E:
         raise ValueError(f"i: expected 0 <= i < {E}, got {i}")
-    tensors = {**params.shared, **{name: stack[int(i)] for name, stack in params.stacked.items()}}
+    tensors = {**params.shared, **members_of(params.stacked, int(i))}
     weights = {name: tensors[name].clone() for name in anatomy.parameters}
     for name, layout in anatomy.layouts.items():
         r, s = rank1_names(name)

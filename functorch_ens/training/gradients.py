@@ -20,7 +20,7 @@ from functorch_ens.forward.forward import Forward
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.training.losses import Loss, member_losses
 from functorch_ens.training.optim import with_strides_of
-from functorch_ens.trees import take_apart
+from functorch_ens.trees import members, take_apart
 
 
 class Prepare(Protocol):
@@ -53,13 +53,9 @@ class Work(NamedTuple):
 
     def part(self, rows: slice, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Work:
         """The members `rows`: their slices of every stacked tensor, with their `batch` and `kwargs`."""
-
-        def of(stacks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: stack[rows] for name, stack in stacks.items()}
-
-        trained, fixed = (params._replace(stacked=of(params.stacked)) for params in (self.trained, self.fixed))
-        buffers = None if self.buffers is None else of(self.buffers)
-        return Work(trained, fixed, buffers, of(self.values), batch, kwargs)
+        trained, fixed = (p._replace(stacked=members(p.stacked, rows)) for p in (self.trained, self.fixed))
+        buffers = None if self.buffers is None else members(dict(self.buffers), rows)
+        return Work(trained, fixed, buffers, members(self.values, rows), batch, kwargs)
 
 
 Compute = Callable[[int, Work, bool], Gradients]
@@ -162,7 +158,7 @@ def by_parts(
         check_member_axis(inputs, E)
     for start in range(0, E, size):
         rows = slice(start, min(start + size, E))
-        given = form.rebuild(iter(x[rows] if forward.member_inputs else x for x in inputs))
+        given = form.rebuild(iter(members(inputs, rows) if forward.member_inputs else inputs))
         yield rows, compute(E, work.part(rows, *given), True)
 
 
@@ -211,17 +207,17 @@ def clipped(
     """
     own = {name: gradient for name, gradient in gradients.items() if name in stacked}
     squares = [_sum_of_squares(gradient, 1) for gradient in own.values()]  # [E] each
-    members = torch.stack(squares).sum(0) if squares else None
+    own_squares = torch.stack(squares).sum(0) if squares else None
     rest = [_sum_of_squares(gradient, 0) for name, gradient in gradients.items() if name not in own]
     shared = torch.stack(rest).sum() if rest else None
     if by == "ensemble":
         parts = [] if shared is None else [shared]
-        if members is not None:
-            counts = members.isfinite()
+        if own_squares is not None:
+            counts = own_squares.isfinite()
             counts[sorted(stopped)] = False
-            parts.append(torch.where(counts, members, 0).sum())
+            parts.append(torch.where(counts, own_squares, 0).sum())
         shared = torch.stack(parts).sum()
-        members = None if members is None else shared.expand_as(members)
+        own_squares = None if own_squares is None else shared.expand_as(own_squares)
 
     def scale(square: Tensor) -> Tensor:
         return (max_norm / (square.sqrt() + eps)).clamp(max=1)
@@ -229,8 +225,8 @@ def clipped(
     scaled = {}
     for name, gradient in gradients.items():
         if name in own:
-            assert members is not None
-            factor = scale(members).reshape(-1, *[1] * (gradient.ndim - 1))
+            assert own_squares is not None
+            factor = scale(own_squares).reshape(-1, *[1] * (gradient.ndim - 1))
         else:
             assert shared is not None
             factor = scale(shared)

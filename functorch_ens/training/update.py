@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from functorch_ens._torch import has_step_hooks
 from functorch_ens.training.optim import Trained, is_dense
+from functorch_ens.trees import members
 
 # These update each number of a tensor independently of the others. (A subclass may do anything.)
 _BY_NUMBER = (
@@ -72,7 +73,7 @@ class Update:
         still = [i - first for i in sorted(stopped) if i >= first and (end is None or i < end)]
         gradients = _apart(gradients)
         whole = {name: self._trained.whole[name] for name in gradients if name in self._trained.whole}
-        parts = whole if rows is None else {name: stack.detach()[rows] for name, stack in whole.items()}
+        parts = whole if rows is None else members({name: stack.detach() for name, stack in whole.items()}, rows)
         for name, part in parts.items():
             part.grad = _zero_in(gradients[name], still) if still else gradients[name]
         for name, i, tensor in self._trained.slices:
