@@ -109,3 +109,11 @@ def test_below_grad_is_the_tensor_that_grad_wraps() -> None:
     torch.func.grad(look)(torch.ones(2))
     plain = torch.ones(2)
     assert _torch.below_grad(plain) is plain
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_without_the_registry_of_hooks_there_may_be_some(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)])
+    assert not _torch.has_step_hooks(optimizer)
+    monkeypatch.setitem(_torch._private, ("torch.optim.optimizer", f"_global_optimizer_{when}_hooks"), None)
+    assert _torch.has_step_hooks(optimizer)
