@@ -48,7 +48,8 @@ def draw(quality: dict[str, Any], speed: dict[str, Any]) -> Figure:
     """The picture: quality against parameters on the left, times of steps on the right."""
     with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = plt.figure(figsize=(8, 4), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=[1, 1.2])
+        panels: Any = figure.subfigures(1, 2, width_ratios=[1, 1.2])
+        left, right = panels
         above, below = left.subplots(2, 1, sharex=True)
         _gain(above, quality["variants"], "accuracy", "accuracy")
         _gain(below, quality["variants"], "nll", "NLL (lower is better)")
