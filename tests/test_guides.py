@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import how_it_works
 import pytest
@@ -25,11 +26,13 @@ def _blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-_BLOCKS = [
-    pytest.param(_name(path), code, id=f"{_name(path)}-{number}")
-    for path in RUN
-    for number, code in enumerate(_blocks(path), start=1)
-]
+def _param(path: Path, number: int, code: str) -> Any:
+    compiles = "make_train_step" in code and "compile=False" not in code
+    marks = [pytest.mark.compile] if compiles else []
+    return pytest.param(_name(path), code, id=f"{_name(path)}-{number}", marks=marks)
+
+
+_BLOCKS = [_param(path, number, code) for path in RUN for number, code in enumerate(_blocks(path), start=1)]
 
 
 def test_readme_has_code_that_promises_something() -> None:
