@@ -28,7 +28,7 @@ Batches = Iterable[Any] | Callable[[torch.Generator], Iterable[Any]]
 
 
 class Fitted(NamedTuple):
-    """What `fit` returns."""
+    """The result of `fit`: the trained parameters, and the history of the run."""
 
     params: EnsembleParams
     """The parameters that `fit` was given; they were trained in place."""
