@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 
 def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def small_net() -> nn.Sequential:

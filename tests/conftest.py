@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,14 +67,20 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 
+SLOW = tuple(line for line in (Path(__file__).parent / "slow.txt").read_text().splitlines() if not line.startswith("#"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the compiler's folder, and those that call `compile_whole` or ask for the `compiler`."""
+    """Mark the slow tests of the list, the tests of the compiler's folder, and those that compile by `oracle`."""
     for item in items:
         function = getattr(item, "obj", None)
         function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
         names = getattr(getattr(function, "__code__", None), "co_names", ())
         if item.path.parent.name == "_compile" or not {"compile_whole", "compiler"}.isdisjoint(names):
             item.add_marker("compile")
+        if item.nodeid.startswith(SLOW):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -115,7 +115,6 @@ def test_a_factory_and_a_model_that_is_not_equal_to_itself(tmp_path: Path) -> No
     assert bad.returncode == 1 and "differs from the loop by" in bad.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.skipif(compiler() != "inductor", reason="it times the compiler")
 def test_vmap_vs_be(tmp_path: Path) -> None:
@@ -144,7 +143,6 @@ def test_vmap_vs_be(tmp_path: Path) -> None:
     assert len({len(line) for line in (ruler, *lines)}) == 1, "the table lines up"
 
 
-@pytest.mark.slow
 @pytest.mark.compile
 def test_notebook_job(tmp_path: Path) -> None:
     answer = _run("--images", "70", "--members", "2", "--workers", "0", script="notebook_job.py", cwd=tmp_path)

@@ -52,7 +52,6 @@ def test_the_main_job_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert len(table) == 4 and len({len(line) for line in table}) == 1, "the columns do not line up"
 
 
-@pytest.mark.slow
 @pytest.mark.compile
 def test_the_notebook_runs_and_is_kept_with_its_outputs(tmp_path: Path) -> None:
     """From top to bottom, as a user runs it; what is in the repository was run too, and shows the same."""
@@ -192,7 +191,6 @@ def test_bad_options_are_refused(option: list[str], capsys: pytest.CaptureFixtur
     assert caught.value.code == 2 and option[0] in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.compile
 def test_help_and_a_compiled_run_from_the_command_line(tmp_path: Path) -> None:
     def run(*options: str) -> str:

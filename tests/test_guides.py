@@ -28,7 +28,7 @@ def _blocks(path: Path) -> list[str]:
 
 def _param(path: Path, number: int, code: str) -> Any:
     compiles = "make_train_step" in code and "compile=False" not in code
-    marks = [pytest.mark.compile] if compiles else []
+    marks = [pytest.mark.compile, pytest.mark.slow] if compiles else []
     return pytest.param(_name(path), code, id=f"{_name(path)}-{number}", marks=marks)
 
 

@@ -132,3 +132,11 @@ def test_every_private_name_of_eager_code_is_one_that_torch_has() -> None:
     for module, name in PRIVATE:
         if name != "_checkpoint_without_reentrant_generator":  # of torch 2.11
             assert hasattr(sys.modules[module], name), f"{module}.{name}"
+
+
+def test_the_list_of_slow_tests_names_tests_that_are_there() -> None:
+    tests = Path(__file__).parent
+    for line in (tests / "slow.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            file, _, name = line.partition("::")
+            assert f"def {name.partition('[')[0]}(" in (tests.parent / file).read_text(), line

@@ -37,7 +37,6 @@ def test_the_table_names_all_that_the_fence_imports() -> None:
                 assert not leaf or (module, leaf) in named, f"{file.name}: {module}.{leaf} is not in README.md"
 
 
-@pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.skipif(compiler() != "inductor" or not hasattr(os, "fork"), reason="it is about inductor, and forks")
 def test_without_any_one_name_training_goes_on(tmp_path_factory: pytest.TempPathFactory) -> None:
