@@ -88,10 +88,9 @@ def batchensemble_params(
     stacked: Selector | None = None,
     generator: torch.Generator | None = None,
 ) -> EnsembleParams:
-    """The parameters of a BatchEnsemble: shared weights, and stacked rank-1 vectors `r`, `s` for each of them.
+    """Make the parameters of a BatchEnsemble: shared weights, and stacked rank-1 vectors `r`, `s` for each of them.
 
-    Member i computes with the weight `W * (r_i s_i^T)`: `s` `[E, in]` scales a layer's input, `r` `[E, out]` its
-    output.
+    Member i has the weight `W * (r_i s_i^T)`: `s` `[E, in]` scales a layer's input, `r` `[E, out]` its output.
 
     >>> import torch, functorch_ens as fe
     >>> params = fe.batchensemble_params(torch.nn.Linear(3, 2), E=5)
@@ -101,30 +100,19 @@ def batchensemble_params(
     Args:
         model: the network; it is only read.
         E: the number of members.
-        init: how `r` and `s` start: `"normal"` (with the means and standard deviations below), `"random_sign"` (+1 or
-            -1, equally likely: for training from scratch the better one, by benchmarks/quality.py, since members start
-            as far apart as those of a classic ensemble) or `"ones"` (every member starts as the model itself, and
-            members that start equal and learn from equal data stay equal).
-        r_mean, r_std, s_mean, s_std: of the normal distributions, used by `init="normal"` alone.
-        bias: `"shared"`, or `"stacked"`: every member has its own biases, starting from the same values, in the layers
-            that have `r` and `s`.
-        use_base_weights: True starts from the model's own parameters; False from fresh ones, drawn as in
-            `ensemble_params` (once for what is shared, per member for what `stacked` chooses).
-        layers: the modules whose weights get `r` and `s`: a name pattern (`"net.*"`), a list of them, or a predicate on
-            (name, module). A pattern that matches no module is read as parameter names, and can choose any parameter
-            of two or more dimensions. None: Linear, Conv, ConvTranspose, Bilinear, Embedding, MultiheadAttention, the
-            RNN family, and bare matrices.
-        stacked: parameters of which every member has a whole copy of its own (and no `r`, `s`), chosen as in
-            `ensemble_params`; the copies start equal, unless `use_base_weights=False`. None: none.
-        generator: the source of randomness; None is torch's global one, of which one number is drawn.
+        init: of `r` and `s`: `"normal"`, `"random_sign"` (+1 or -1; better from scratch) or `"ones"` (equal members).
+        r_mean, r_std, s_mean, s_std: of the normal distributions; only `init="normal"` uses them.
+        bias: `"shared"`, or `"stacked"`: own biases in the layers that have `r` and `s`, from the same start.
+        use_base_weights: start from the model's own parameters; False draws fresh ones, as `ensemble_params` does.
+        layers: the modules whose weights get `r` and `s`: a name pattern (`"net.*"`), a list of them, or a predicate
+            on (name, module). None: Linear, Conv, ConvTranspose, Bilinear, Embedding, attention, RNNs, bare matrices.
+        stacked: the parameters of which every member has a whole copy, chosen as in `ensemble_params`. None: none.
+        generator: the source of randomness; None draws one number from torch's global one.
 
-    Returns: parameters that own their memory and are autograd leaves, in the model's dtype and on its device. `r` and
-        `s` are trainable also where the weight is frozen.
+    Returns: new autograd leaves, in the model's dtype and on its device. `r`, `s` of frozen weights are trainable.
 
-    Raises:
-        TypeError: an argument is of the wrong kind.
-        ValueError: an unknown option, a negative standard deviation, a pattern without effect, or a model in which
-            nothing would get `r`, `s` or be stacked.
+    Raises: TypeError or ValueError for a bad argument, a pattern without effect, or a model in which nothing would get
+        `r`, `s` or be stacked.
 
     Source: Wen, Tran & Ba 2020, arXiv:2002.06715 (where `r` scales the input and `s` the output).
     """
