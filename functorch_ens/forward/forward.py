@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,14 +111,6 @@ class Forward:
     def made(self) -> list[object]:
         """The objects that this forward has made and never changes, so that Dynamo need not guard them."""
         return [self._anatomy, self._convolutions, *self._template.made]
-
-    @overload
-    def __call__(self, params: EnsembleParams, /, *args: Any, buffers: None = None, **kwargs: Any) -> Any: ...
-
-    @overload
-    def __call__(
-        self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor], **kwargs: Any
-    ) -> tuple[Any, dict[str, Tensor]]: ...
 
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any

@@ -163,6 +163,10 @@ class TrainStep:
     def __call__(
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor], **kwargs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    @overload
+    def __call__(
+        self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...
     def __call__(
         self, params: EnsembleParams, /, *batch: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:

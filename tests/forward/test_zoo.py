@@ -69,8 +69,8 @@ _BY_LOOP = (
 )
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", [*cases("nn"), *cases("written")], ids=lambda case: case.name)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_every_model_equals_the_plain_loop(case: Case, train: bool) -> None:
     sample = exact(case)
     model, args, kwargs = sample
