@@ -131,11 +131,16 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 def has_backward_hooks(module: nn.Module) -> bool:
     """Whether backward hooks are registered on `module` itself."""
-    return bool(module._backward_hooks or module._backward_pre_hooks)
+    return any(getattr(module, name, None) for name in ("_backward_hooks", "_backward_pre_hooks"))
 
 
 REGISTRIES = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))
 """The attributes in which every module registers what it is made of."""
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` returned `module`: it is a wrapper around another module."""
+    return compiled_from(module) is not None
 
 
 def compiled_from(module: nn.Module) -> nn.Module | None:

@@ -151,16 +151,15 @@ class Anatomy:
         self.model = model
         self.modules = dict(model.named_modules())
         """Every module once, under its first name."""
-        self.kind = next(type(module).__name__ for module in self.modules.values() if not _torch.compiled_from(module))
+        self.kind = next(type(module).__name__ for module in self.modules.values() if not _torch.is_compiled(module))
         """The name of the class of the model as it was written, without the wrapper of torch.compile."""
         self.sites = _sites(self.modules, _torch.parameters_of)
         """By name, the sites of every parameter. Tied ones have several; the first gives the parameter its name."""
         self.buffer_sites = _sites(self.modules, _torch.buffers_of)
-        self.parameters = {name: places[0].parameter for name, places in self.sites.items()}
-        self.buffers = dict(model.named_buffers())
-        if not self.parameters:
+        parameters, buffers = self.parameters, self.buffers
+        if not parameters:
             raise ValueError(f"model: {self.kind} has no parameters, so there is nothing to make an ensemble of")
-        lazy = [name for name, tensor in [*self.parameters.items(), *self.buffers.items()] if is_lazy(tensor)]
+        lazy = [name for name, tensor in [*parameters.items(), *buffers.items()] if is_lazy(tensor)]
         if lazy:
             raise ValueError(
                 f"model: {self.kind} has lazy parameters or buffers without a shape yet: {lazy}; "
@@ -170,12 +169,12 @@ class Anatomy:
         every_name = list(model.named_parameters(remove_duplicate=False))
         self.names = {name: first.setdefault(id(parameter), name) for name, parameter in every_name}
         """Every name that a parameter has, to its first one."""
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        self.buffer_shapes = {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.buffer_shapes = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
         self.layouts = {
             name: layout_of(self.sites[name][0].module)
-            for name, parameter in self.parameters.items()
-            if can_be_rank1(parameter) and self.parameters.keys().isdisjoint(rank1_names(name))
+            for name, parameter in parameters.items()
+            if can_be_rank1(parameter) and parameters.keys().isdisjoint(rank1_names(name))
         }
         """The layout of every parameter that can have `r` and `s`: that of the first layer it is in."""
         self.vectors: dict[str, tuple[int]] = {}
@@ -184,10 +183,29 @@ class Anatomy:
         """By layer, those of its parameters that can have `r` and `s`: what the layer calls each, and its name."""
         for name, layout in self.layouts.items():
             r, s = rank1_names(name)
-            out, into = layout.sizes(self.parameters[name])
+            out, into = layout.sizes(parameters[name])
             self.vectors |= {r: (out,), s: (into,)}
             for site in self.sites[name]:
                 self.weights.setdefault(site.module, {})[site.leaf] = name
+        self.pairs = [rank1_names(name) for name in self.layouts]
+        """The names of the `r` and `s` that belong together."""
+        self.every_shape: dict[str, tuple[int, ...]] = {**self.shapes, **self.vectors}
+        """The shapes of all tensors that the parameters of an ensemble can have, without the member axis."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters as they are now: the model may have been moved to another device since."""
+        return {name: places[0].parameter for name, places in self.sites.items()}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers as they are now."""
+        return dict(self.model.named_buffers())
+
+    @property
+    def facts(self) -> list[object]:
+        """Names and shapes alone, which never change; nothing among them is, or holds, a part of the model."""
+        return [self.kind, self.shapes, self.buffer_shapes, self.vectors, self.pairs, self.every_shape]
 
     def layouts_of(self, layer: nn.Module) -> dict[str, Layout]:
         """The layouts of the weights of `layer` that can have `r` and `s`, by what the layer calls them."""

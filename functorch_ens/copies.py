@@ -30,14 +30,14 @@ def copy_structure(
     """
     memo = {} if memo is None else memo
     for module in model.modules():
-        for _, value in () if _torch.compiled_from(module) else reachable(module):
+        for _, value in () if _torch.is_compiled(module) else reachable(module):
             if isinstance(value, Tensor):
                 memo[id(value)] = value.detach().clone()
     memo.update({id(b): buffer(b) for b in model.buffers()})
     memo.update({id(p): nn.Parameter(parameter(p.detach()), requires_grad=p.requires_grad) for p in model.parameters()})
     try:
         for module in reversed(list(model.modules())):  # the innermost first
-            if _torch.compiled_from(module):
+            if _torch.is_compiled(module):
                 memo[id(module)] = copy.deepcopy(_torch.compiled_from(module), memo)
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -95,7 +95,7 @@ def check_replaceable(anatomy: Anatomy) -> None:
                 f"model: {prefix!r} is a {type(module).__name__}, whose parameters are part of its compiled code; give "
                 "the module that it was made from, and compile the forward instead"
             )
-        if _torch.compiled_from(module):
+        if _torch.is_compiled(module):
             continue
         for name, value in reachable(module):
             cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or () if cell != CellType()]

@@ -66,13 +66,13 @@ class Compiled:
             return self._start(arguments, self._options)
         try:
             return self._compiled(*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            if self.by == "eager":
+        except Exception as error:
+            if self.by == "eager" or not _is_of_dynamo(error):
+                if self.by != "eager" and "out of bounds" in str(error):
+                    self._method(*arguments)  # raises the model's own error, which says what is out of bounds
                 raise
-        # Either the error is the model's own, which the eager call in _start words best, or the compiler failed at new
-        # sizes, which it takes for symbols: then compile once more with plain numbers.
+            log.info("the compiled code failed, so it is compiled again with fixed sizes: %r", error)
+        # The sizes of these arguments are new. Dynamo takes them for symbols, with which it may not come far.
         return self._start(arguments, {"dynamic": False, **self._options})
 
     def _start(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -93,7 +93,7 @@ class Compiled:
                 raise
             except Exception as error:  # the compiler's, for eager code has just computed this
                 of_backend = hasattr(error, "inner_exception")
-                if rung == "torch.compile" and options.get("fullgraph") and not of_backend:
+                if options.get("fullgraph") and not of_backend and (rung == "torch.compile" or _is_of_dynamo(error)):
                     raise
                 reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
                 log.info("the compilation by %s failed: %r", rung, error)
@@ -112,3 +112,8 @@ class Compiled:
         """The method compiled with the user's own options only, and its result for `arguments`."""
         compiled: Any = torch.compile(with_own_code(self._method), **options)
         return compiled, compiled(*arguments)
+
+
+def _is_of_dynamo(error: Exception) -> bool:
+    """Whether Dynamo, or a backend that it called, raised `error`: its class, or a base of it, is Dynamo's."""
+    return any(base.__module__.startswith("torch._dynamo") for base in type(error).__mro__)

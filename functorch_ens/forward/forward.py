@@ -110,7 +110,7 @@ class Forward:
     @property
     def made(self) -> list[object]:
         """The objects that this forward has made and never changes, so that Dynamo need not guard them."""
-        return [self._anatomy, self._convolutions, *self._template.made]
+        return [*self._anatomy.facts, self._convolutions, *self._template.made]
 
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any

@@ -29,7 +29,7 @@ class Template:
         model = anatomy.model
         memo: dict[int, Any] = {}
         self._module = copy_structure(model, _on_meta, _on_meta, memo)
-        written = [module for module in model.modules() if not _torch.compiled_from(module)]
+        written = [module for module in model.modules() if not _torch.is_compiled(module)]
         self._pairs = list(zip(written, self._module.modules(), strict=True))
         blank = Anatomy(self._module)
         for layer, own in self._pairs:

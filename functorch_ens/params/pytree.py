@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from functorch_ens.anatomy import Anatomy, rank1_names
+from functorch_ens.anatomy import Anatomy
 from functorch_ens.checks import check_keys
 
 
@@ -58,8 +58,7 @@ def check_params(params: Any, anatomy: Anatomy) -> int:
     given = {**shared, **stacked}
     own = {name: tensor for name, tensor in given.items() if name not in anatomy.vectors}
     check_keys(own, anatomy.shapes, f"params: {anatomy.kind}")
-    pairs = [rank1_names(name) for name in anatomy.layouts]
-    alone = [(r, s) for r, s in pairs if (r in given) != (s in given)]
+    alone = [(r, s) for r, s in anatomy.pairs if (r in given) != (s in given)]
     if alone:
         raise ValueError(f"params: r and s come in pairs; one is missing of {alone}")
     _check_tensors("params", given)
@@ -67,9 +66,8 @@ def check_params(params: Any, anatomy: Anatomy) -> int:
     if first.ndim == 0 or first.shape[0] == 0:
         raise ValueError(f"params: {name}: expected a leading member axis, got a tensor of shape {list(first.shape)}")
     E = first.shape[0]
-    shapes = {**anatomy.shapes, **anatomy.vectors}
-    _check_shapes("params", shared, shapes, ())
-    _check_shapes("params", stacked, shapes, (E,))
+    _check_shapes("params", shared, anatomy.every_shape, ())
+    _check_shapes("params", stacked, anatomy.every_shape, (E,))
     return E
 
 

@@ -78,7 +78,7 @@ def member_params(model: nn.Module, params: EnsembleParams, i: int) -> dict[str,
         raise TypeError(f"i: expected an int, got {i!r}")
     if not 0 <= i < E:
         raise ValueError(f"i: expected 0 <= i < {E}, got {i}")
-    tensors = {**params.shared, **members_of(params.stacked, int(i))}
+    tensors = {**params.shared, **members_of(dict(params.stacked), int(i))}
     weights = {name: tensors[name].clone() for name in anatomy.parameters}
     for name, layout in anatomy.layouts.items():
         r, s = rank1_names(name)

@@ -105,7 +105,6 @@ class TrainStep:
     updated part by part instead, so that the gradients of one part are in memory at a time.
     """
 
-    forward: Forward
     optimizer: Optimizer
     stopped: set[int]
     """Members whose parameters and buffers stay as they are. Only members that share no trained tensor can stop. An
@@ -122,7 +121,6 @@ class TrainStep:
         accumulate: int,
         compile: bool | Mapping[str, Any],
     ) -> None:
-        self.forward = objective.forward
         self.optimizer = optimizer
         self.stopped = set()
         self._objective = objective
@@ -135,6 +133,11 @@ class TrainStep:
         self._trained = Finder(optimizer)
         self._scratch: dict[str, Tensor] = {}
         use_fused_kernels(optimizer)
+
+    @property
+    def forward(self) -> Forward:
+        """The forward that the step was made with."""
+        return self._objective.forward
 
     @property
     def strategy(self) -> str:
