@@ -1,4 +1,4 @@
-"""One call of a forward: its members, what one of them computes, and how their results are put together."""
+"""One call of a forward: its inputs, how one member computes, and how results are joined."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Members(NamedTuple):
     stacked: dict[str, Tensor]
     buffers: dict[str, Tensor]
     inputs: list[Tensor]
-    """With the member axis where the forward has `member_inputs`; else every member gets them whole."""
+    """`[k, ...]` with `member_inputs`; otherwise every member gets the same tensors."""
 
     def split(self, size: int | None, member_inputs: bool) -> list[Members]:
         """These members in parts of `size`; with None, each alone and without the member axis.
@@ -58,7 +58,7 @@ class Returned(NamedTuple):
     """What members return: stacked `[k, ...]`, or from a single one without the member axis."""
 
     tensors: list[Any]
-    """The tensors in the output; a list of k tensors in the place of one whose shape differs between members."""
+    """The output tensors. One whose shape differs between members is a list of k tensors."""
     buffers: dict[str, Tensor]
     """The new ones."""
     static: Static
@@ -80,7 +80,7 @@ def combined(parts: list[Returned], leaves: Callable[[list[Any]], Any], buffers:
 
 
 class Call:
-    """One call of a forward. It is not changed by what its members compute."""
+    """One call of a forward. Members return their results; nothing is written here."""
 
     def __init__(
         self,

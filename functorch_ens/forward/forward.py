@@ -163,7 +163,7 @@ class Forward:
                 if index + 1 < len(self._plans):
                     failure = failure or error
                     continue
-                error.add_note(call.note())  # the loop has failed too, so the error is the model's own
+                error.add_note(call.note())  # the loop failed too, so the model itself raises this
                 if failure is not None:
                     raise error from None
                 raise
@@ -173,7 +173,7 @@ class Forward:
         raise AssertionError("the loop over plans returns or raises")
 
     def _settle(self, index: int, failure: Exception) -> None:
-        """Use the plan at `index` from now on, because of what happened to the first one."""
+        """Switch to the plan at `index`, because the first one raised `failure`."""
         where = f"{self._where(failure)}: {(str(failure).strip() or repr(failure)).splitlines()[0]}"
         plan = self._plans[index]
         if plan.probe:
@@ -197,7 +197,7 @@ class Forward:
         log.log(level, "%s: strategy %r: %s", self._template.kind, self.strategy, reason)
 
     def _check_no_update(self) -> None:
-        """ValueError where a norm would update its running statistics, and nobody would get the new ones."""
+        """Raise ValueError if a norm would update its running statistics and the new ones would be lost."""
         updated = [name for name, norm in self._norms if norm.training and norm.running_mean is not None]
         if updated:
             raise ValueError(update_lost([f"{name}.running_mean" if name else "running_mean" for name in updated]))

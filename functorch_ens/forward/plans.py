@@ -27,7 +27,7 @@ class Plan(ABC):
     randomness: str
     chunk_size: int | None
     probe: bool = False
-    """Tried only to find out whether an error is the model's own; the caller's strategy forbids its result."""
+    """Used only for diagnosis: if this plan works, vmap is at fault, and the caller gets an error."""
 
     strategy: ClassVar[str]
     """What users call it: `"vmap"` or `"loop"`."""
@@ -49,7 +49,7 @@ class Plan(ABC):
         return min(self.chunk_size or E, E) if self.randomness == "different" else E
 
     def for_own_convolutions(self) -> Plan:
-        """The plan to compile where each member has convolutions of its own, on a CPU."""
+        """The plan to compile on a CPU if convolution weights are stacked."""
         return self
 
 
@@ -69,7 +69,7 @@ class Vmap(Plan):
         return Loop(self.randomness, self.chunk_size)
 
     def _one(self, call: Call, members: Members) -> Callable[..., Any]:
-        """One member as a function of its own tensors alone: Dynamo traces flat arguments faster than pytrees."""
+        """One member as a function of flat tensors, which Dynamo traces faster than pytrees."""
         stacked, buffers = members.stacked, members.buffers
 
         def member(*own: Tensor) -> Any:
