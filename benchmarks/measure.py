@@ -18,7 +18,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the lines that torch
 import torch
 
 from functorch_ens.files import write_whole
-from functorch_ens.tables import aligned as aligned  # the scripts' table, importable from here too
 
 Call = Callable[[], Any]
 

@@ -33,7 +33,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import aligned, write_json
+from measure import write_json
 from plain import combined, opened, plain_loop
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -41,6 +41,7 @@ from tqdm import tqdm
 from zoo import FAMILIES, Case, Sample, cases, exact
 
 import functorch_ens as fe
+from functorch_ens.tables import aligned
 
 RUNS = [(kind, mode) for kind in ("classic", "BatchEnsemble") for mode in ("eval", "train")]
 # Above this many parameters a model is compared in float32, by one strategy, with some of its gradients; above the

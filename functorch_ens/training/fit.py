@@ -18,7 +18,6 @@ from functorch_ens.checks import check_generator, check_option, check_positive_i
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.rng import RandomState
 from functorch_ens.training.checkpoint import load_checkpoint, save_checkpoint
-from functorch_ens.training.optim import Trained
 from functorch_ens.training.step import TrainStep, advance
 from functorch_ens.training.stopping import Patience
 
@@ -159,7 +158,7 @@ class _Run:
         self._buffers = None if buffers is None else dict(buffers)
         self._generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         self._scheduler = scheduler
-        self._together = bool(Trained(step.optimizer, params).params.shared)
+        self._together = bool(step._trained(params).params.shared)
         self._patience = None if patience is None else Patience(patience, params.E, self._together)
         self._failed: set[int] = set()
         self.epoch = 0
