@@ -10,6 +10,7 @@ in which every `nn.Module` registers its parameters, buffers and hooks.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,19 +26,25 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["pytree"]
 
+log = logging.getLogger(__name__)
+
 _NO_CHECKS = "bad values in labels and logits are not reported"
 _MORE_MEMORY = "under torch.func.grad a chunk that is computed again keeps its intermediate values"
 _FEWER_MODELS = "under autograd only operations that torch.func can follow are computed again for a chunk"
+_NO_FLAGS = "models that set requires_grad of a tensor are computed by the loop"
 _WHOLE_UPDATES = "large members are updated all at once, not part by part"
 
 PRIVATE: dict[tuple[str, str], str] = {
     ("torch._C._functorch", "is_batchedtensor"): f"eager products take no short cut for a shared input; {_NO_CHECKS}",
     ("torch._C._functorch", "is_functorch_wrapped_tensor"): _NO_CHECKS,
-    ("torch._C._functorch", "get_unwrapped"): _NO_CHECKS,
+    ("torch._C._functorch", "get_unwrapped"): f"{_NO_CHECKS}; what vmap hides from a model is not noticed",
+    ("torch._C._functorch", "maybe_get_bdim"): "an activation that a hook keeps under vmap cannot be used afterwards",
     ("torch._C._functorch", "peek_interpreter_stack"): f"{_FEWER_MODELS}; {_MORE_MEMORY}",
     ("torch._C._functorch", "is_gradtrackingtensor"): _MORE_MEMORY,
     ("torch._C._functorch", "maybe_get_level"): _MORE_MEMORY,
     ("torch._C._functorch", "_unwrap_for_grad"): _MORE_MEMORY,
+    ("torch._C._functorch", "get_inplace_requires_grad_allowed"): _NO_FLAGS,
+    ("torch._C._functorch", "set_inplace_requires_grad_allowed"): _NO_FLAGS,
     ("torch._C", "_DisableFuncTorch"): "a tensor that a model overwrites in its attributes may not be restored",
     ("torch.autograd.forward_ad", "_current_level"): "a forward with chunk_size has no forward-mode derivative",
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): "models that checkpoint, with torch 2.11",
@@ -60,10 +67,13 @@ _private: dict[tuple[str, str], Any] = {
 _is_batchedtensor = _private["torch._C._functorch", "is_batchedtensor"]
 _is_wrapped = _private["torch._C._functorch", "is_functorch_wrapped_tensor"]
 _get_unwrapped = _private["torch._C._functorch", "get_unwrapped"]
+_bdim_of = _private["torch._C._functorch", "maybe_get_bdim"]
 _peek = _private["torch._C._functorch", "peek_interpreter_stack"]
 _is_gradtracking = _private["torch._C._functorch", "is_gradtrackingtensor"]
 _level_of = _private["torch._C._functorch", "maybe_get_level"]
 _unwrap_for_grad = _private["torch._C._functorch", "_unwrap_for_grad"]
+_flags_allowed = _private["torch._C._functorch", "get_inplace_requires_grad_allowed"]
+_allow_flags = _private["torch._C._functorch", "set_inplace_requires_grad_allowed"]
 _disable = _private["torch._C", "_DisableFuncTorch"]
 
 
@@ -81,6 +91,33 @@ def is_under_vmap(tensor: Tensor) -> bool:
             return True
         tensor = _get_unwrapped(tensor)  # a vmap may be below grad's wrapper
     return False
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether `tensor` is a wrapper of any transform. Fallback: False."""
+    return _is_wrapped is not None and _is_wrapped(tensor)
+
+
+def below_vmap(tensor: Tensor) -> Tensor:
+    """`tensor` without the wrappers of vmap around it. Fallback: `tensor` itself."""
+    while _get_unwrapped is not None and is_batched(tensor):
+        tensor = _get_unwrapped(tensor)
+    return tensor
+
+
+def unwrap_in_place(tensor: Tensor) -> None:
+    """Make a batched tensor, wherever it is kept, the tensor that it wraps, with the mapped axis first.
+
+    Fallback: it stays as it is.
+    """
+    if _get_unwrapped is None or _bdim_of is None:
+        return
+    try:
+        with outside_transforms():
+            inner = _get_unwrapped(tensor).movedim(_bdim_of(tensor), 0)
+        torch.utils.swap_tensors(tensor, inner)
+    except RuntimeError as error:  # torch swaps no tensor that something in C++ holds
+        log.warning("a tensor that the model keeps from a call by vmap cannot be used afterwards: %s", error)
 
 
 def inside_transform() -> bool:
@@ -101,6 +138,20 @@ def below_grad(tensor: Tensor) -> Tensor:
 def outside_transforms() -> AbstractContextManager[Any]:
     """A context in which operations act on the tensors themselves, whatever transform is in force. Fallback: none."""
     return nullcontext() if _disable is None else _disable()
+
+
+@contextmanager
+def flags_can_be_set() -> Iterator[None]:
+    """Inside, `requires_grad` of a tensor can be set, which torch refuses under a transform. Fallback: it does."""
+    if _flags_allowed is None or _allow_flags is None:
+        yield
+        return
+    before = _flags_allowed()
+    _allow_flags(True)
+    try:
+        yield
+    finally:
+        _allow_flags(before)
 
 
 def in_forward_mode() -> bool:

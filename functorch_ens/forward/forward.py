@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
 from functorch_ens.checks import check_bool, check_option, check_positive_int
 from functorch_ens.forward.call import Call, update_lost
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
 from functorch_ens.forward.template import Template
+from functorch_ens.forward.watch import VmapCannot, is_of_vmap, is_transient
 from functorch_ens.layers.conv import CONVOLUTION
 from functorch_ens.layers.norm import RUNNING_NORM
 from functorch_ens.layers.operators import SIDES
@@ -155,15 +157,16 @@ class Forward:
         for index, plan in enumerate(self._plans):
             if failure is not None:
                 before.restore()
+            if isinstance(failure, VmapCannot) and plan.strategy == "vmap":
+                continue
             try:
                 result = call.result(run(call, plan))
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
-                if index + 1 < len(self._plans):
+                if index + 1 < len(self._plans) and is_of_vmap(error):
                     failure = failure or error
                     continue
-                error.add_note(call.note())  # the loop failed too, so the model itself raises this
+                if not (is_transient(error) or _torch.inside_transform()):
+                    error.add_note(call.note())
                 if failure is not None:
                     raise error from None
                 raise
@@ -183,14 +186,13 @@ class Forward:
 
     def _where(self, error: Exception) -> str:
         """The innermost module of the model that was at work when `error` was raised."""
-        found = self._template.kind
+        modules = error.modules if isinstance(error, VmapCannot) else []
         trace = error.__traceback__
-        while trace is not None:
-            for module in (trace.tb_frame.f_locals.get(argument) for argument in ("self", "layer")):
-                if isinstance(module, nn.Module) and (name := self._template.name_of(module)):
-                    found = f"{name} ({type(module).__name__})"
+        while trace is not None and not isinstance(error, VmapCannot):
+            modules += [trace.tb_frame.f_locals.get(argument) for argument in ("self", "layer")]
             trace = trace.tb_next
-        return found
+        found = [(name, module) for module in modules if (name := self._template.name_of(module))]
+        return f"{found[-1][0]} ({type(found[-1][1]).__name__})" if found else self._template.kind
 
     def _use(self, reason: str, level: int) -> None:
         self.reason = reason

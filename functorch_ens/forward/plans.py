@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.func import vmap
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from functorch_ens.forward.call import Call, Members, Returned, combined
+from functorch_ens.forward.watch import InsideMode, watched_vmap
 from functorch_ens.rng import repeatable
 
 STRATEGIES = ("auto", "vmap", "loop")
@@ -59,7 +60,7 @@ class Vmap(Plan):
     strategy = "vmap"
 
     def compute(self, call: Call, members: Members) -> Returned:
-        return Returned(*vmap(self._one(call, members), randomness=self.randomness)(*_own(call, members)))
+        return self._mapped(self._one(call, members), _own(call, members), members)
 
     def reason(self, where: str) -> str:
         return "nothing in the model is known to need the loop"
@@ -67,6 +68,10 @@ class Vmap(Plan):
     def for_own_convolutions(self) -> Plan:
         # vmap makes them one grouped convolution, which is slow on CPUs, and their norms more passes over memory.
         return Loop(self.randomness, self.chunk_size)
+
+    def _mapped(self, function: Callable[..., Any], own: list[Tensor], members: Members) -> Returned:
+        keep = [*members.shared.values(), *members.stacked.values()]
+        return Returned(*watched_vmap(function, own, randomness=self.randomness, keep=keep))
 
     def _one(self, call: Call, members: Members) -> Callable[..., Any]:
         """One member as a function of flat tensors, which Dynamo traces faster than pytrees."""
@@ -81,25 +86,28 @@ class Vmap(Plan):
         return member
 
 
-class OwningVmap(Vmap):
-    """vmap, with every tensor that the model creates made batched from the start.
+class HelpedVmap(Vmap):
+    """vmap, with every tensor that the model creates made batched from the start, and masks that can be trained.
 
     vmap takes a new tensor for one that all members share, and so refuses to write one member's values, or random
-    numbers that differ between members, into it.
+    numbers that differ between members, into it. And attention asks its mask whether it has a gradient, to choose a
+    kernel that gives it one; a batched mask says no.
     """
 
     def compute(self, call: Call, members: Members) -> Returned:
         member, own = self._one(call, members), _own(call, members)
 
         def owning(zero: Tensor, *own: Tensor) -> Any:
-            with _Batching(zero):
+            with _Helping(zero):
                 return member(*own)
 
         zeros = torch.zeros(len(own[0]), device=own[0].device)
-        return Returned(*vmap(owning, randomness=self.randomness)(zeros, *own))
+        return self._mapped(owning, [zeros, *own], members)
 
     def reason(self, where: str) -> str:
-        return f"with new tensors made each member's own, for without that vmap failed in {where}"
+        return (
+            f"with new tensors made each member's own, and attention by the plain kernel; else vmap failed in {where}"
+        )
 
 
 class Loop(Plan):
@@ -134,7 +142,7 @@ def plans_for(strategy: str, randomness: str, chunk_size: int | None, obstacle: 
     loop = Loop(randomness, chunk_size, probe=strategy == "vmap")
     if strategy == "loop" or obstacle:
         return [loop]
-    return [Vmap(randomness, chunk_size), OwningVmap(randomness, chunk_size), loop]
+    return [Vmap(randomness, chunk_size), HelpedVmap(randomness, chunk_size), loop]
 
 
 def _own(call: Call, members: Members) -> list[Tensor]:
@@ -152,8 +160,8 @@ _FACTORIES: frozenset[Callable[..., Any]] = frozenset(
 ) | frozenset(getattr(Tensor, f"new_{name}") for name in ("empty", "zeros", "ones", "full"))
 
 
-class _Batching(TorchFunctionMode):
-    """Adds a batched zero to every new tensor, which makes it batched."""
+class _Helping(InsideMode):
+    """Adds a batched zero to every new tensor, which makes it batched; gives attention the kernel for any mask."""
 
     def __init__(self, zero: Tensor) -> None:
         super().__init__()
@@ -162,7 +170,13 @@ class _Batching(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if mask is not None and mask.is_floating_point():
+                with sdpa_kernel(SDPBackend.MATH):
+                    return func(*args, **kwargs)
+        made = self.call(func, args, kwargs)
         if func not in _FACTORIES:
             return made
         zero = self._zero.to(made.device)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from functorch_ens.forward.plans import Loop, OwningVmap, Plan, Vmap, plans_for
+from functorch_ens.forward.plans import HelpedVmap, Loop, Plan, Vmap, plans_for
 
 
 @pytest.mark.parametrize(
     ("strategy", "obstacle", "kinds"),
     [
-        ("auto", None, [Vmap, OwningVmap, Loop]),
+        ("auto", None, [Vmap, HelpedVmap, Loop]),
         ("auto", "it is a GRU", [Loop]),
-        ("vmap", None, [Vmap, OwningVmap, Loop]),
+        ("vmap", None, [Vmap, HelpedVmap, Loop]),
         ("loop", None, [Loop]),
         ("loop", "it is a GRU", [Loop]),
     ],
@@ -36,7 +36,7 @@ def test_vmap_against_an_obstacle_is_refused() -> None:
         (Vmap("different", 2), 2),
         (Vmap("different", 9), 5),
         (Vmap("same", 2), 5),
-        (OwningVmap("different", 3), 3),
+        (HelpedVmap("different", 3), 3),
         (Loop("different", None), 1),
         (Loop("error", None), 5),
     ],
@@ -55,4 +55,4 @@ def test_convolutions_of_their_own_are_looped_over_by_vmap_alone() -> None:
 
 def test_a_fallback_says_where_vmap_failed() -> None:
     assert Loop("different", None).reason("body (GRU)") == "vmap failed in body (GRU)"
-    assert "body (GRU)" in OwningVmap("different", None).reason("body (GRU)")
+    assert "body (GRU)" in HelpedVmap("different", None).reason("body (GRU)")
