@@ -32,6 +32,7 @@ _NO_CHECKS = "bad values in labels and logits are not reported"
 _MORE_MEMORY = "under torch.func.grad a chunk that is computed again keeps its intermediate values"
 _FEWER_MODELS = "under autograd only operations that torch.func can follow are computed again for a chunk"
 _NO_FLAGS = "models that set requires_grad of a tensor are computed by the loop"
+_NO_HOOKS = "after a compilation that fails in torch.func.grad, torch.utils.checkpoint fails"
 _WHOLE_UPDATES = "large members are updated all at once, not part by part"
 
 PRIVATE: dict[tuple[str, str], str] = {
@@ -47,6 +48,9 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch._C._functorch", "set_inplace_requires_grad_allowed"): _NO_FLAGS,
     ("torch._C", "_DisableFuncTorch"): "a tensor that a model overwrites in its attributes may not be restored",
     ("torch.autograd.forward_ad", "_current_level"): "a forward with chunk_size has no forward-mode derivative",
+    ("torch._C._autograd", "_saved_tensors_hooks_get_disabled_error_message"): _NO_HOOKS,
+    ("torch._C._autograd", "_saved_tensors_hooks_enable"): _NO_HOOKS,
+    ("torch._C._autograd", "_saved_tensors_hooks_disable"): _NO_HOOKS,
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): "models that checkpoint, with torch 2.11",
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator_impl"): "models that checkpoint",
     ("torch.optim.optimizer", "_global_optimizer_pre_hooks"): _WHOLE_UPDATES,
@@ -72,6 +76,9 @@ _peek = _private["torch._C._functorch", "peek_interpreter_stack"]
 _is_gradtracking = _private["torch._C._functorch", "is_gradtrackingtensor"]
 _level_of = _private["torch._C._functorch", "maybe_get_level"]
 _unwrap_for_grad = _private["torch._C._functorch", "_unwrap_for_grad"]
+_hooks_forbidden = _private["torch._C._autograd", "_saved_tensors_hooks_get_disabled_error_message"]
+_allow_hooks = _private["torch._C._autograd", "_saved_tensors_hooks_enable"]
+_forbid_hooks = _private["torch._C._autograd", "_saved_tensors_hooks_disable"]
 _flags_allowed = _private["torch._C._functorch", "get_inplace_requires_grad_allowed"]
 _allow_flags = _private["torch._C._functorch", "set_inplace_requires_grad_allowed"]
 _disable = _private["torch._C", "_DisableFuncTorch"]
@@ -152,6 +159,23 @@ def flags_can_be_set() -> Iterator[None]:
         yield
     finally:
         _allow_flags(before)
+
+
+@contextmanager
+def saved_tensor_hooks_kept() -> Iterator[None]:
+    """Afterwards hooks on saved tensors, which checkpointing needs, are allowed or forbidden as they were before.
+
+    `torch.func.grad` forbids them while it works. torch.compile may leave it so where it fails. Fallback: they stay so.
+    """
+    if _hooks_forbidden is None or _allow_hooks is None or _forbid_hooks is None:
+        yield
+        return
+    before = _hooks_forbidden()
+    try:
+        yield
+    finally:
+        if _hooks_forbidden() != before:
+            _allow_hooks() if before is None else _forbid_hooks(before)
 
 
 def in_forward_mode() -> bool:

@@ -7,113 +7,214 @@ which takes a second.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Hashable, Mapping
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
 from functorch_ens._compile.extras import compile_with_extras
 from functorch_ens._compile.guards import with_own_code
+from functorch_ens._torch import saved_tensor_hooks_kept
 from functorch_ens.rng import RandomState
 from functorch_ens.trees import take_apart
 
 log = logging.getLogger(__name__)
 
 
+class Differentiated(Protocol):
+    """What is compiled, in three forms that take the same arguments."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The gradients by plain autograd. They are right, whatever the compiled ones are."""
+
+    def by_grad(self, *arguments: Any) -> Any:
+        """The gradients by `torch.func.grad`: it can be one graph."""
+
+    def by_autograd(self, total: Callable[..., Any], /, *arguments: Any) -> Any:
+        """The gradients by plain autograd, from what a compiled `self.total` returns."""
+
+    def total(self, *arguments: Any) -> Any:
+        """What is differentiated."""
+
+
 class Compiled:
-    """A method, compiled by the first of three rungs that works.
+    """The gradients of an objective, compiled by the first of four rungs that works.
 
-    1. `"functorch_ens"`: torch.compile with the extras of this package, each of which may fail alone.
-    2. `"torch.compile"`: torch.compile with the user's own options only.
-    3. `"eager"`: the method itself.
+    1. `"functorch_ens"`: one graph, by torch.compile with the extras of this package, each of which may fail alone.
+    2. `"torch.compile"`: one graph, by torch.compile with the user's own options only.
+    3. `"torch.compile"`, in parts: the objective alone, with graph breaks, and plain autograd after it.
+    4. `"eager"`: plain autograd.
 
-    The failure of a rung is logged with its reason.
+    A rung is in use only if its first result agrees with that of plain autograd. The failure of a rung is logged with
+    its reason.
     """
 
     by: str | None
     """The rung in use; None before the first call."""
+    reason: str
+    """Why it is not the first one; "" where it is."""
 
     def __init__(
         self,
-        method: Callable[..., Any],
+        objective: Differentiated,
         options: Mapping[str, Any],
         *,
         made: Collection[object] = (),
         one_by_one: Callable[..., bool] = lambda *_: False,
+        disagreement: Callable[[Any, Any, bool], str] = lambda got, want, random: "",
+        situation: Callable[[], Hashable] = lambda: None,
     ) -> None:
         """Note what to compile; the first call compiles.
 
         Args:
-            method: a bound method, which is called with positional arguments.
+            objective: what to compile; called with positional arguments.
             options: the user's own, for torch.compile.
-            made: objects that the method's object holds and never changes; guards on them are dropped.
-            one_by_one: whether the method, called with these arguments, computes members one after another.
+            made: objects that the objective holds and never changes; guards on them are dropped.
+            one_by_one: whether the objective, called with these arguments, computes members one after another.
+            disagreement: says what of a result is no rounding of another one, where random numbers were drawn or not.
+            situation: what else the results depend on. Results in a new situation are compared again.
         """
         self.by = None
-        self._method = method
-        self._compiled = method
+        self.reason = ""
+        self._objective = objective
+        self._compiled: Callable[..., Any] = objective
         self._options = dict(options)
+        self._disagreement = disagreement
+        self._situation = situation
+        self._compared: set[Hashable] = set()
+        whole = {"fullgraph": True}
+        by_grad = objective.by_grad
         self._rungs: dict[str, Callable[[dict[str, Any], tuple[Any, ...]], tuple[Any, Any]]] = {
             "functorch_ens": lambda options, arguments: compile_with_extras(
-                method, options, made, one_by_one(*arguments), arguments
+                by_grad, whole | options, made, one_by_one(*arguments), arguments
             ),
-            "torch.compile": self._plain,
+            "torch.compile": lambda options, arguments: self._plain(by_grad, whole | options, arguments),
+            "in parts": self._in_parts,
         }
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the method returns for these arguments."""
+        """What the objective returns for these arguments."""
         if self.by is None:
             return self._start(arguments, self._options)
-        try:
+        if self.by == "eager":
             return self._compiled(*arguments)
+        situation = self._situation()
+        try:
+            with saved_tensor_hooks_kept():
+                if situation in self._compared:
+                    return self._compiled(*arguments)
+                return self._checked(self._compiled, arguments, situation)
+        except _Disagrees as error:
+            log.info("the compiled code is wrong here: %s", error)
+            return self._start(arguments, self._options)
         except Exception as error:
-            if self.by == "eager" or not _is_of_dynamo(error):
-                if self.by != "eager" and "out of bounds" in str(error):
-                    self._method(*arguments)  # raises the model's own error, which says what is out of bounds
+            if not _is_of_dynamo(error):
+                if "out of bounds" in str(error):
+                    self._objective(*arguments)  # raises the model's own error, which says what is out of bounds
                 raise
             log.info("the compiled code failed, so it is compiled again with fixed sizes: %r", error)
         # The sizes of these arguments are new. Dynamo takes them for symbols, with which it may not come far.
         return self._start(arguments, {"dynamic": False, **self._options})
 
     def _start(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Call the method as it is, which raises the model's own errors, and then by the first rung that works.
+        """Call the objective as it is, which raises the model's own errors, and then by the first rung that works.
 
         torch's random state afterwards is that of one call.
         """
         tensors = take_apart(arguments)[0]
         before = RandomState.of(tensors)
-        plain = self._method(*arguments)
+        plain = self._objective(*arguments)
         after = RandomState.of(tensors)
-        reason = ""
+        random = not before.equals(after)
+        reasons: list[str] = []
+        situation = self._situation()
         for rung, attempt in list(self._rungs.items()):
             before.restore()
             try:
-                self._compiled, result = attempt(options, arguments)
-            except torch.OutOfMemoryError:
-                raise
+                with saved_tensor_hooks_kept():
+                    compiled, result = attempt(options, arguments)
+                if differs := self._disagreement(result, plain, random):
+                    raise _Disagrees(differs)
+            except (MemoryError, TimeoutError, ConnectionError, torch.OutOfMemoryError):
+                raise  # of the machine, and perhaps gone at the next call
             except Exception as error:  # the compiler's, for eager code has just computed this
-                of_backend = hasattr(error, "inner_exception")
-                if options.get("fullgraph") and not of_backend and (rung == "torch.compile" or _is_of_dynamo(error)):
-                    raise
-                reason = str(getattr(error, "inner_exception", error)).strip().partition("\n")[0]
+                if not isinstance(error, _Disagrees):
+                    if _is_of_others(error):
+                        raise
+                    of_backend = hasattr(error, "inner_exception")
+                    asked = options.get("fullgraph") and not of_backend
+                    if asked and (rung == "torch.compile" or _is_of_dynamo(error)):
+                        raise
+                reasons.append(_first_line(error))
                 log.info("the compilation by %s failed: %r", rung, error)
                 del self._rungs[rung]
             else:
-                self.by = rung
-                if reason:
-                    log.warning("torch.compile works only without what functorch_ens adds to it: %s", reason)
+                self._compiled, self._compared = compiled, {situation}
+                self.by = "torch.compile" if rung == "in parts" else rung
+                if reasons and rung == "in parts":
+                    self._tell(f"the step is compiled in parts, with plain autograd, since one graph failed: {reasons[0]}")
+                elif reasons:
+                    self._tell(f"torch.compile works only without what functorch_ens adds to it: {reasons[-1]}")
                 return result
-        log.warning("torch.compile does not work here, so training goes on without it: %s", reason)
+        self._tell(f"torch.compile does not work here, so training goes on without it: {reasons[0]}")
         after.restore()
-        self.by, self._compiled = "eager", self._method
+        self.by, self._compiled = "eager", self._objective
         return plain
 
-    def _plain(self, options: dict[str, Any], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-        """The method compiled with the user's own options only, and its result for `arguments`."""
-        compiled: Any = torch.compile(with_own_code(self._method), **options)
+    def _checked(self, compiled: Callable[..., Any], arguments: tuple[Any, ...], situation: Hashable) -> Any:
+        """The compiled result, in a situation that is new; it must agree with that of plain autograd."""
+        tensors = take_apart(arguments)[0]
+        before = RandomState.of(tensors)
+        plain = self._objective(*arguments)
+        random = not before.equals(RandomState.of(tensors))
+        before.restore()
+        result = compiled(*arguments)
+        if differs := self._disagreement(result, plain, random):
+            before.restore()
+            raise _Disagrees(differs)
+        self._compared.add(situation)
+        return result
+
+    def _tell(self, reason: str) -> None:
+        self.reason = reason
+        log.warning(reason)
+
+    def _plain(
+        self, method: Callable[..., Any], options: dict[str, Any], arguments: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
+        """A method compiled with the user's own options only, and its result for `arguments`."""
+        compiled: Any = torch.compile(with_own_code(method), **options)
         return compiled, compiled(*arguments)
+
+    def _in_parts(self, options: dict[str, Any], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+        """Plain autograd after a compiled objective, and the result."""
+        total = torch.compile(with_own_code(self._objective.total), **options)
+        compiled = partial(self._objective.by_autograd, total)
+        return compiled, compiled(*arguments)
+
+
+class _Disagrees(Exception):
+    """A compiled result is not that of plain autograd."""
 
 
 def _is_of_dynamo(error: Exception) -> bool:
     """Whether Dynamo, or a backend that it called, raised `error`: its class, or a base of it, is Dynamo's."""
     return any(base.__module__.startswith("torch._dynamo") for base in type(error).__mro__)
+
+
+def _is_of_others(error: Exception) -> bool:
+    """Whether the class of `error` is that of a user: neither Python's nor of a package that the compiler is made of."""
+    return type(error).__module__.partition(".")[0] in ("__main__", "__mp_main__")
+
+
+_PLACE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+
+
+def _first_line(error: Exception) -> str:
+    """What an error of the compiler says, with the user's line that Dynamo names."""
+    text = str(getattr(error, "inner_exception", error)).strip()
+    places = _PLACE.findall(text.partition("from user code")[2])
+    where = f" ({places[-1][0]}, line {places[-1][1]}, in {places[-1][2]})" if places else ""
+    return text.partition("\n")[0] + where

@@ -133,6 +133,10 @@ class Forward:
         """Inside, the model is in training or eval mode, or (None) as it is; afterwards it is as it was before."""
         return self._template.mode(training)
 
+    def modes(self) -> list[bool]:
+        """Which modules of the model are in training mode."""
+        return self._template.modes()
+
     def check(self, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> int:
         """The number of members; TypeError or ValueError, as a call raises it, where these do not fit the model."""
         E = check_params(params, self._anatomy)
@@ -186,7 +190,7 @@ class Forward:
 
     def _where(self, error: Exception) -> str:
         """The innermost module of the model that was at work when `error` was raised."""
-        modules = error.modules if isinstance(error, VmapCannot) else []
+        modules: list[Any] = list(error.modules) if isinstance(error, VmapCannot) else []
         trace = error.__traceback__
         while trace is not None and not isinstance(error, VmapCannot):
             modules += [trace.tb_frame.f_locals.get(argument) for argument in ("self", "layer")]

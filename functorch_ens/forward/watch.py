@@ -224,10 +224,11 @@ class _Watch(InsideMode):
         A wrapper is dead after vmap: it could not be copied, saved, or computed with.
         """
         self._seeding.end()
-        alive = [tensor for made in self._made if (tensor := made()) is not None and _torch.is_batched(tensor)]
+        alive = {id(tensor): tensor for made in self._made if (tensor := made()) is not None}
         self._made.clear()  # torch swaps no tensor that weak references point to
-        for tensor in alive:
-            _torch.unwrap_in_place(tensor)
+        for tensor in alive.values():
+            if _torch.is_batched(tensor):
+                _torch.unwrap_in_place(tensor)
 
 
 def _any_wrapped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

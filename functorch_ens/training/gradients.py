@@ -6,6 +6,7 @@ it, for the parts of a batch, or for some members after others, and clip what it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -75,29 +76,53 @@ class Objective:
         self._autocast = autocast
 
     def __call__(self, E: int, work: Work, prepared: bool) -> Gradients:
-        """The gradients of the members in `work`.
+        """The gradients of the members in `work`, by plain autograd: all that `.backward()` trains is trained.
 
         Args:
             E: the number of members of the whole ensemble, by which `reduction="mean"` divides.
             work: what to compute with; some of the members, or all.
             prepared: whether `prepare` has been called on the batch already.
         """
-        trained, fixed, buffers, values, batch, kwargs = work
-        *inputs, target = batch if prepared else self.prepared(batch)
+        return self.by_autograd(self.total, E, work, prepared)
+
+    def by_autograd(self, total: Callable[..., Any], E: int, work: Work, prepared: bool) -> Gradients:
+        """The same, from what `total`, `self.total` or a compiled form of it, returns."""
+        trained = EnsembleParams(*({name: _leaf(x) for name, x in tensors.items()} for tensors in work.trained))
+        with torch.enable_grad():
+            value, losses, new = total(E, work._replace(trained=trained), prepared)
+        tensors = {**trained.shared, **trained.stacked}
+        if tensors and not value.requires_grad:
+            raise ValueError(
+                "loss: it has no gradient, so nothing would be trained; is it, or the output, detached, or computed "
+                "under torch.no_grad()?"
+            )
+        slopes = torch.autograd.grad(value, list(tensors.values()), allow_unused=True, materialize_grads=True)
+        found = dict(zip(tensors, slopes, strict=True)) if tensors else {}
+        return _laid_out(work, found, losses.detach(), {name: buffer.detach() for name, buffer in new.items()})
+
+    def by_grad(self, E: int, work: Work, prepared: bool) -> Gradients:
+        """The same by `torch.func.grad`: torch.compile makes one graph of it, and of both passes."""
 
         def total(trained: EnsembleParams) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-            params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
-            with self._precision(params.stacked.values()):
-                outputs = self.forward(params, *inputs, buffers=buffers, **kwargs)
-                outputs, new = (outputs, {}) if buffers is None else outputs
-                own = self.forward.member_inputs
-                losses = member_losses(self._loss, outputs, target, member_targets=own, values=values)
-            return losses.sum() if self._reduction == "sum" else losses.sum() / E, (losses, new)
+            value, losses, new = self.total(E, work._replace(trained=trained), True)
+            return value, (losses, new)
 
-        slopes, (losses, new) = grad(total, has_aux=True)(trained)
-        tensors, slopes = ({**params.shared, **params.stacked} for params in (trained, slopes))
-        laid_out = {name: with_strides_of(tensors[name], slope) for name, slope in slopes.items()}
-        return Gradients(laid_out, losses, new)
+        if not prepared:
+            work = work._replace(batch=self.prepared(work.batch))
+        slopes, (losses, new) = grad(total, has_aux=True)(work.trained)
+        return _laid_out(work, {**slopes.shared, **slopes.stacked}, losses, new)
+
+    def total(self, E: int, work: Work, prepared: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The summed (or averaged) losses, the losses `[E]` and the new buffers."""
+        trained, fixed, buffers, values, batch, kwargs = work
+        *inputs, target = batch if prepared else self.prepared(batch)
+        params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
+        with self._precision(params.stacked.values()):
+            outputs = self.forward(params, *inputs, buffers=buffers, **kwargs)
+            outputs, new = (outputs, {}) if buffers is None else outputs
+            own = self.forward.member_inputs
+            losses = member_losses(self._loss, outputs, target, member_targets=own, values=values)
+        return losses.sum() if self._reduction == "sum" else losses.sum() / E, losses, new
 
     def prepared(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """`prepare(*batch)`, or the batch itself: the inputs of the model, and then the target."""
@@ -112,6 +137,38 @@ class Objective:
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(next(iter(tensors)).device.type, dtype=self._autocast)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _laid_out(work: Work, slopes: dict[str, Tensor], losses: Tensor, buffers: dict[str, Tensor]) -> Gradients:
+    """These results, each gradient with the strides of its parameter."""
+    tensors = {**work.trained.shared, **work.trained.stacked}
+    gradients = {name: with_strides_of(tensors[name], slope) for name, slope in slopes.items()}
+    return Gradients(gradients, losses, buffers)
+
+
+def disagreement(got: Gradients, want: Gradients, random: bool) -> str:
+    """What of `got` is no rounding of `want`; "" where nothing is.
+
+    Rounding moves a gradient by much where it is nearly 0, as that of a bias before batch norm, and the networks at hand
+    amplify it. So this asks for half of it, of gradients that count. Other random numbers move all; then it asks which
+    gradients are 0.
+    """
+    norms = {name: float(gradient.detach().double().abs().norm()) for name, gradient in want.gradients.items()}
+    least = 1e-3 * max(norms.values(), default=0.0)
+    for name, norm in norms.items():
+        other = float(got.gradients[name].detach().double().abs().norm())
+        if max(norm, other) <= least or not math.isfinite(norm):
+            continue
+        apart = got.gradients[name].double() - want.gradients[name].double()
+        if (norm == 0 or other == 0) if random else float(apart.abs().norm()) > 0.5 * max(norm, other):
+            return f"the gradient of {name} has the norm {other:.3g}, and {norm:.3g} by plain autograd"
+    if not random and not torch.allclose(got.losses, want.losses, rtol=0.1, atol=1e-3, equal_nan=True):
+        return f"the losses are {got.losses.tolist()}, and {want.losses.tolist()} by plain autograd"
+    return ""
 
 
 def accumulated(compute: Callable[[Work], Gradients], work: Work, parts: int, axis: int) -> Gradients:

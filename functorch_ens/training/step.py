@@ -22,6 +22,7 @@ from functorch_ens.training.gradients import (
     by_parts,
     clipped,
     collected,
+    disagreement,
 )
 from functorch_ens.training.losses import Loss, check_values
 from functorch_ens.training.optim import Finder, Trained, use_fused_kernels
@@ -146,8 +147,9 @@ class TrainStep:
 
     @property
     def reason(self) -> str:
-        """`forward.reason`: why they are computed so."""
-        return self.forward.reason
+        """`forward.reason`: why they are computed so; and what of the step is not compiled, and why."""
+        more = "" if self._compiled is None else self._compiled.reason
+        return f"{self.forward.reason}; {more}" if more else self.forward.reason
 
     @property
     def compiled_by(self) -> str | None:
@@ -236,10 +238,12 @@ class TrainStep:
             from functorch_ens._compile import Compiled  # not at the top: it imports torch's compiler
 
             self._compiled = Compiled(
-                self._objective.__call__,
+                self._objective,
                 self._options,
                 made=self.forward.made,
                 one_by_one=lambda E, work, prepared: _plan(self, work.trained).one_by_one,
+                disagreement=disagreement,
+                situation=lambda: (self.forward.strategy, *self.forward.modes()),
             )
         return self._compiled(E, work, prepared)
 
