@@ -2,12 +2,13 @@
 
 The floating tensors of an operator's sample inputs become the parameters of a module that calls it. Members have
 parameters that differ: all of them, and each one alone while the others are shared. Outputs and gradients in float64,
-by torch.func.vmap alone and by `make_forward` ("auto" and "loop"), must equal those of a plain Python loop over E modules.
+by torch.func.vmap alone, by `make_forward(strategy="auto")` and by "loop", must equal those of a plain Python loop over
+E modules. The variant of the operator that writes in place is tried too.
 
     python benchmarks/operator_sweep.py                      everything; some minutes
     python benchmarks/operator_sweep.py --only 'index_*' select_scatter
 
-It ends with exit code 1 where `make_forward`, by vmap or by its loop, gives a wrong answer. torch's table needs the package expecttest.
+The exit code is 1 where `make_forward` gives a wrong answer. torch's table needs the package expecttest.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ Found = dict[str, Any]
 _LARGEST, _LOOKED_AT = 40_000, 200
 _RELATIVE, _ABSOLUTE = 1e-7, 1e-9  # the second is a part of the largest value, or of 1e-3 where all are smaller
 _KINDS = {
-    "vmap is wrong": "torch.func.vmap is wrong in",
-    "auto is wrong": "make_forward is wrong in",
+    "vmap is wrong": "torch.func.vmap is wrong",
+    "auto is wrong": "make_forward is wrong",
     "auto raises": "make_forward, or its backward pass, raises",
-    "loop is wrong": 'strategy="loop" is wrong in',
+    "loop is wrong": 'strategy="loop" is wrong',
     "loop raises": 'strategy="loop", or its backward pass, raises',
-    "sent to the loop": "computed by the loop, because",
+    "sent to the loop": "make_forward takes the loop",
 }
 _MEANINGLESS = ("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided")
 
@@ -192,7 +193,7 @@ def examine(op: Any, E: int, count: int) -> Found:
                 continue
             names = [name for name, _ in model.named_parameters()]
             for stacked in [names, *([name] for name in names if len(names) > 1)]:
-                label = f"{', '.join(stacked) if len(stacked) < len(names) else 'all'} stacked{variant}"
+                label = (stacked[0] if len(stacked) < len(names) else "all") + variant
                 try:
                     compare(model, stacked, E, label, found)
                 except _Refused as error:
@@ -240,7 +241,7 @@ def compare(model: nn.Module, stacked: list[str], E: int, label: str, found: Fou
         if wrong := differs(partial(_by_vmap, model)):
             found["vmap is wrong"].setdefault(label, wrong)
     for strategy in ("auto", "loop"):
-        forward = fe.make_forward(model, strategy=strategy)
+        forward = fe.make_forward(model, strategy=strategy, randomness="same")  # some set a seed of their own
         try:
             if wrong := differs(forward):
                 found[f"{strategy} is wrong"].setdefault(label, wrong)
@@ -309,11 +310,10 @@ def gradients(output: Any, params: fe.EnsembleParams) -> list[Tensor]:
 
 def same(got: Any, want: Any) -> bool:
     """Whether two pytrees have equal tensors, up to rounding; a nan equals a nan."""
-    mine, theirs = (
-        [_dense(leaf) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (got, want)
-    )
+    mine, theirs = ([leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (got, want))
     if [(leaf.shape, leaf.dtype) for leaf in mine] != [(leaf.shape, leaf.dtype) for leaf in theirs]:
         return False
+    mine, theirs = list(map(_dense, mine)), list(map(_dense, theirs))
     sizes = [leaf[leaf.isfinite()].abs().double().max().item() for leaf in theirs if leaf.isfinite().any()]
     close = partial(torch.allclose, rtol=_RELATIVE, atol=_ABSOLUTE * max([1e-3, *sizes]), equal_nan=True)
     return all(map(close, mine, theirs))
@@ -321,7 +321,7 @@ def same(got: Any, want: Any) -> bool:
 
 def _dense(leaf: Tensor) -> Tensor:
     dense = leaf.detach() if leaf.layout == torch.strided else leaf.detach().to_dense()
-    return dense.to(torch.uint8) if dense.dtype == torch.bool else dense
+    return dense if dense.is_floating_point() or dense.is_complex() else dense.to(torch.int64)
 
 
 def _finite(output: Any) -> bool:
@@ -339,35 +339,52 @@ def _line(error: BaseException | None) -> str:
 def summary(results: Mapping[str, Found]) -> Found:
     """The counts, and of the operators only what is not as it should be, or is left out or computed by the loop."""
     compared = {name: found for name, found in results.items() if "left out" not in found}
-    reasons: dict[str, list[str]] = {}
-    for name in results.keys() - compared.keys():
-        reasons.setdefault(results[name]["left out"], []).append(name)
+    left: dict[str, list[str]] = {}
+    for name in sorted(results.keys() - compared.keys()):
+        left.setdefault(results[name]["left out"], []).append(name)
     return {
         "operators": len(results),
         "compared": len(compared),
         "runs": sum(found["runs"] for found in compared.values()),
         "runs with gradients": sum(found["gradients"] for found in compared.values()),
-        "runs by": dict(sum((Counter(found["by"]) for found in compared.values()), Counter())),
-        **{kind: {name: found[kind] for name, found in compared.items() if found[kind]} for kind in _KINDS},
-        "left out": {reason: sorted(names) for reason, names in sorted(reasons.items())},
+        "runs by": dict(sum((found["by"] for found in compared.values()), Counter())),
+        **{kind: {name: _grouped(found[kind]) for name, found in compared.items() if found[kind]} for kind in _KINDS},
+        "left out": left,
     }
+
+
+def _grouped(seen: Mapping[str, str]) -> dict[str, list[str]]:
+    """By what was seen, shortened, the choices of stacks with which it was."""
+    groups: dict[str, list[str]] = {}
+    for label, what in seen.items():
+        what = what.removeprefix("vmap failed in Operator: ")
+        groups.setdefault(what if len(what) <= 80 else f"{what[:77]}...", []).append(label)
+    return groups
 
 
 def report(results: Mapping[str, Found]) -> str:
     """What is wrong, what is computed by the loop and why, and the counts."""
     whole, parts = summary(results), []
     for kind, title in _KINDS.items():
-        if whole[kind]:
-            rows = [["operator", "", title]]
-            for name, cases in whole[kind].items():
-                rows += [[name if i == 0 else "", *case] for i, case in enumerate(cases.items())]
-            parts.append(aligned([[name, label, _short(what)] for name, label, what in rows], left=3))
-    unlisted = sorted({base(name) for name in whole["vmap is wrong"]} - listed())
-    if unlisted:
-        parts.append(f"Wrong by vmap, and not in the package's list of those: {', '.join(unlisted)}")
+        rows = [
+            [name if i == 0 else "", what, ", ".join(labels)]
+            for name, groups in whole[kind].items()
+            for i, (what, labels) in enumerate(groups.items())
+        ]
+        if rows:
+            table = aligned([["operator", title, "with these stacked"], *rows], left=3)
+            parts.append("\n".join(line.rstrip() for line in table.splitlines()))
+    wrong = {
+        base(name) + "_" * label.endswith("in place")
+        for name, groups in whole["vmap is wrong"].items()
+        for labels in groups.values()
+        for label in labels
+    }
+    if unlisted := sorted(wrong - listed()):
+        parts.append(f"Wrong by vmap, and not in the package's list of what is: {', '.join(unlisted)}")
     counts = {
         "operators in torch's table": whole["operators"],
-        "left out": whole["operators"] - whole["compared"],
+        **{f"... left out: {reason}"[:70]: len(names) for reason, names in whole["left out"].items()},
         "compared": whole["compared"],
         **{f"... {title}": len(whole[kind]) for kind, title in _KINDS.items()},
         "runs: samples, variants and choices of stacks": whole["runs"],
@@ -389,10 +406,6 @@ def listed() -> frozenset[str]:
         return frozenset(importlib.import_module("functorch_ens.forward.watch").WRONG_UNDER_VMAP)
     except ImportError:
         return frozenset()
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 if __name__ == "__main__":
