@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
+from typing import Any
 
+import operator_sweep
 import pytest
 import quality
 import torch
@@ -59,6 +63,7 @@ def _run(*options: str, script: str = "model_coverage.py", cwd: Path | None = No
 _TIMED = ("vmap_vs_be.py", "notebook_job.py", "quality.py")
 _REFUSED = {
     "model_coverage.py": (["--only", "nothing*"], ["--members", "0"], ["--factory", "nowhere:build"], ["--resume"]),
+    "operator_sweep.py": (["--members", "0"], ["--json", "nowhere/at/all.json"]),
     **dict.fromkeys(_TIMED, (["--members", "0"], ["--batch-size", "many"], ["--json", "nowhere/at/all.json"])),
 }
 
@@ -71,7 +76,12 @@ def answers() -> list[Answer]:
 
 
 @pytest.mark.parametrize(
-    ("script", "documented"), [("model_coverage.py", "--family"), *((script, "--members") for script in _TIMED)]
+    ("script", "documented"),
+    [
+        ("model_coverage.py", "--family"),
+        ("operator_sweep.py", "--samples"),
+        *((script, "--members") for script in _TIMED),
+    ],
 )
 def test_help_and_bad_options(script: str, documented: str, answers: list[Answer]) -> None:
     asked, *refused = (answer for answer in answers if answer.args[0] == script)
@@ -113,6 +123,49 @@ def test_a_factory_and_a_model_that_is_not_equal_to_itself(tmp_path: Path) -> No
     good, bad = _runs(*calls, cwd=tmp_path)
     assert good.returncode == 0 and "factory/mine:build" in good.stdout, good.stderr
     assert bad.returncode == 1 and "differs from the loop by" in bad.stdout
+
+
+def test_the_sweep_finds_what_vmap_gets_wrong() -> None:
+    """Of operators written as those in torch's table, because its import takes ten seconds."""
+
+    def batched_says_no(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * 2 + y if x.requires_grad else x + y
+
+    def sample_inputs(*args: Any, **kwargs: Any) -> Iterator[SimpleNamespace]:
+        x, y = torch.rand(4, 2, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+        yield SimpleNamespace(input=x, args=(y,), kwargs={})
+
+    def find(function: Callable[..., Any], in_place: Callable[..., Any] | None = None) -> dict[str, Any]:
+        op = SimpleNamespace(
+            name="mine", op=function, inplace_variant=in_place, dtypes={torch.float64}, sample_inputs=sample_inputs
+        )
+        return operator_sweep.examine(op, E=3, count=2)
+
+    found = find(batched_says_no)
+    assert found["runs"] == found["gradients"] == 3
+    assert found["vmap is wrong"] == {"all": "outputs", "p0": "outputs"}
+    assert not found["loop is wrong"] and not found["loop raises"]
+    found = find(torch.add, torch.Tensor.add_)
+    assert found["runs"] == 6 and not found["vmap is wrong"] and not found["auto is wrong"] and not found["auto raises"]
+    assert found["by"]["vmap"] + found["by"]["loop"] == 6 and set(found["sent to the loop"]) <= {"p1 in place"}
+    assert find(lambda x, y: x + torch.rand(2)) == {"left out": "it draws random numbers"}
+    assert "in-place" in find(lambda x, y: x.mul_(2))["left out"]
+    assert find(lambda x, y: 3.0) == {"left out": "it returns no tensor"}
+
+
+def test_the_sweep_of_torchs_own_table(tmp_path: Path) -> None:
+    pytest.importorskip("expecttest", reason="torch's table imports it")
+    out = tmp_path / "operator_sweep.json"
+    some = ["index_select", "add", "cauchy", "nothing*"]
+    calls = [["operator_sweep.py", "--only", *some, "--json", str(out)], ["operator_sweep.py", "--only", "nothing*"]]
+    answer, nothing = _runs(*calls)
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(out.read_text())
+    assert found["operators"] == 3 and found["compared"] == 2 and found["runs"] == sum(found["runs by"].values())
+    assert found["left out"] == {"it draws random numbers": ["cauchy"]}
+    assert not any(found[f"{strategy} is wrong"] for strategy in ("vmap", "auto", "loop"))
+    assert "make_forward takes the loop" in answer.stdout and answer.stdout.splitlines()[-1].startswith("... by vmap")
+    assert nothing.returncode == 2 and "matches no operator" in nothing.stderr
 
 
 @pytest.mark.compile
