@@ -33,6 +33,7 @@ _MORE_MEMORY = "under torch.func.grad a chunk that is computed again keeps its i
 _FEWER_MODELS = "under autograd only operations that torch.func can follow are computed again for a chunk"
 _NO_FLAGS = "models that set requires_grad of a tensor are computed by the loop"
 _NO_HOOKS = "after a compilation that fails in torch.func.grad, torch.utils.checkpoint fails"
+_PASSED_BY = "backward hooks on all modules at once are passed by under vmap"
 _WHOLE_UPDATES = "large members are updated all at once, not part by part"
 
 PRIVATE: dict[tuple[str, str], str] = {
@@ -55,6 +56,8 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator_impl"): "models that checkpoint",
     ("torch.optim.optimizer", "_global_optimizer_pre_hooks"): _WHOLE_UPDATES,
     ("torch.optim.optimizer", "_global_optimizer_post_hooks"): _WHOLE_UPDATES,
+    ("torch.nn.modules.module", "_global_backward_hooks"): _PASSED_BY,
+    ("torch.nn.modules.module", "_global_backward_pre_hooks"): _PASSED_BY,
     ("torch.nn.utils.parametrizations", "_SpectralNorm"): "spectral_norm in training is computed by the loop",
 }
 """`{(module, name): what is lost without it}`."""
@@ -207,6 +210,21 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def has_backward_hooks(module: nn.Module) -> bool:
     """Whether backward hooks are registered on `module` itself."""
     return any(getattr(module, name, None) for name in ("_backward_hooks", "_backward_pre_hooks"))
+
+
+def every_module_has_backward_hooks() -> bool:
+    """Whether backward hooks are registered on all modules at once. Fallback: False."""
+    return any(_private["torch.nn.modules.module", f"_global_backward_{kind}"] for kind in ("hooks", "pre_hooks"))
+
+
+def hooks_of(tensor: Tensor) -> list[Callable[[Tensor], Any]]:
+    """The hooks on the gradient of `tensor`, in their order. Fallback: none."""
+    return list((getattr(tensor, "_backward_hooks", None) or {}).values())
+
+
+def has_late_hooks(tensor: Tensor) -> bool:
+    """Whether hooks run after a gradient is accumulated in `tensor.grad`. Fallback: False."""
+    return bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
 REGISTRIES = frozenset(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"))

@@ -154,7 +154,7 @@ class Compiled:
                 self._compiled, self._compared = compiled, {situation}
                 self.by = "torch.compile" if rung == "in parts" else rung
                 if reasons and rung == "in parts":
-                    self._tell(f"the step is compiled in parts, with plain autograd, since one graph failed: {reasons[0]}")
+                    self._tell(f"the step is compiled in parts, for it cannot be one graph: {reasons[0]}")
                 elif reasons:
                     self._tell(f"torch.compile works only without what functorch_ens adds to it: {reasons[-1]}")
                 return result
@@ -205,7 +205,7 @@ def _is_of_dynamo(error: Exception) -> bool:
 
 
 def _is_of_others(error: Exception) -> bool:
-    """Whether the class of `error` is that of a user: neither Python's nor of a package that the compiler is made of."""
+    """Whether the class of `error` is one that the running script defines, so that no compiler raised it."""
     return type(error).__module__.partition(".")[0] in ("__main__", "__mp_main__")
 
 

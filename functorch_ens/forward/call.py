@@ -12,6 +12,7 @@ from torch import Tensor
 
 from functorch_ens import _torch
 from functorch_ens.forward.template import Template
+from functorch_ens.forward.watch import Alone
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.trees import Form, Static, take_apart
 
@@ -100,6 +101,7 @@ class Call:
         self.member_inputs = member_inputs
         self.modes = template.modes()
         self._template = template
+        self._alone = Alone()
         self._returns_buffers = buffers is not None
         self._own_buffers = template.own_buffers() if buffers is None else {}
         given = [] if torch.compiler.is_compiling() else [*params.shared.items(), *params.stacked.items()]
@@ -110,7 +112,8 @@ class Call:
         # A forward may write to its inputs and buffers in place, so it gets copies of them.
         args, kwargs = self._arguments.rebuild(iter([x.clone() for x in one.inputs]))
         copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **one.buffers}.items()}
-        output, new = self._template({**one.shared, **one.stacked}, copies, args, kwargs)
+        with nullcontext() if torch.compiler.is_compiling() else self._alone:
+            output, new = self._template({**one.shared, **one.stacked}, copies, args, kwargs)
         updated: list[str] = []
         if any(self.modes):
             # Dynamo cannot read the version counter of a tensor that grad wraps: it notices replaced buffers alone.
@@ -137,7 +140,8 @@ class Call:
         """Inside, the template is in the modes of this call, and serves it alone: it holds one member's tensors."""
         with nullcontext() if torch.compiler.is_compiling() else _LOCK:
             self._template.follow(self.modes)
-            yield
+            with nullcontext() if torch.compiler.is_compiling() else self._alone.again():
+                yield
 
     def check_parameters(self) -> None:
         """ValueError, naming them, where the model has written to its parameters, and so to the caller's."""

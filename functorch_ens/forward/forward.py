@@ -156,6 +156,8 @@ class Forward:
 
     def _compute(self, call: Call) -> Any:
         """The result by the first plan that works, which is then the plan in use."""
+        if self.plan.strategy == "vmap" and _torch.every_module_has_backward_hooks():
+            self._settle(len(self._plans) - 1, VmapCannot("all modules have backward hooks, which vmap passes by", []))
         before = RandomState.of([*call.members.shared.values(), *call.members.stacked.values()])
         failure: Exception | None = None
         for index, plan in enumerate(self._plans):

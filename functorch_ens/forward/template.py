@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,6 +16,9 @@ from functorch_ens.anatomy import Anatomy, Layout, Site, rank1_names
 from functorch_ens.copies import check_replaceable, copy_structure
 from functorch_ens.forward.snapshot import Snapshot
 from functorch_ens.layers.registry import specialise
+from functorch_ens.layers.weight import Rank1
+
+log = logging.getLogger(__name__)
 
 
 class Template:
@@ -38,6 +42,11 @@ class Template:
         self._aliases = _aliases(anatomy.sites, blank.sites, blank.layouts) | _aliases(
             self._buffers, blank.buffer_sites, {}
         )
+        self._layouts = anatomy.layouts
+        self._hooks = {name: hooks for name, tensor in anatomy.parameters.items() if (hooks := _torch.hooks_of(tensor))}
+        late = [name for name, tensor in anatomy.parameters.items() if _torch.has_late_hooks(tensor)]
+        if late:
+            log.warning("%s: hooks that run after the gradients of %s are accumulated do not run", anatomy.kind, late)
         self.kind = anatomy.kind
         self._pristine = Snapshot(self._module, {id(value) for value in memo.values()})
 
@@ -49,6 +58,8 @@ class Template:
         kwargs: dict[str, Any],
     ) -> tuple[Any, dict[str, Tensor]]:
         """The output of one member, and its new buffers. The forward may write to `buffers` in place."""
+        if self._hooks:
+            tensors = self._hooked(tensors)
         given = {alias: tensor for name, tensor in {**tensors, **buffers}.items() for alias in self._aliases[name]}
         try:
             with nullcontext() if torch.compiler.is_compiling() else _torch.checkpoints_passed_over():
@@ -57,6 +68,24 @@ class Template:
             self._pristine.restore()
         # Where the forward assigned a new tensor to a buffer, functional_call has put that into the dict.
         return output, {name: given[name] for name in buffers}
+
+    def _hooked(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one member, with the model's hooks on the gradients of its weights.
+
+        A hook sees the gradient of the effective weight, so a weight with `r` and `s` is multiplied out.
+        """
+        own = dict(tensors)
+        for name, hooks in self._hooks.items():
+            r, s = (own.pop(vector, None) for vector in rank1_names(name))
+            if r is None or s is None:
+                weight = own[name].view_as(own[name])  # the member's alone, also where the tensor is shared
+            else:
+                weight = Rank1(own[name], r, s, self._layouts[name], "weight").materialise()
+            if weight.requires_grad:
+                for hook in hooks:
+                    weight.register_hook(hook)
+            own[name] = weight
+        return own
 
     @property
     def made(self) -> list[object]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dis import opmap
 from pathlib import Path
 from types import FunctionType
@@ -25,11 +26,15 @@ from functorch_ens import _torch
 from functorch_ens._torch import pytree
 from functorch_ens.rng import Reseeding
 
+_IN_PLACE = "whose backward pass fails"
 WRONG_UNDER_VMAP = {
     "index_fill": "whose values are wrong where one member's own number is filled into a shared tensor",
     "select_scatter": "whose gradient is wrong",
+    "as_strided_": "which keeps the old shape",
+    "addbmm_": "which keeps a shape that broadcasts",
+    **dict.fromkeys(("pow_", "float_power_", "ldexp_", "hypot_", "cumprod_", "index_reduce_"), _IN_PLACE),
 }
-"""The operators whose rule for vmap is wrong, by the name in torch; benchmarks/operator_sweep.py finds them."""
+"""The operators that vmap has no right rule for, by their names in torch; benchmarks/operator_sweep.py finds them."""
 
 
 class VmapCannot(RuntimeError):
@@ -121,9 +126,8 @@ def _past_the_modes(func: FunctionType) -> FunctionType:
 def _functions(name: str) -> Iterator[Any]:
     """Every function by which a user calls the operator `name`."""
     for owner in (torch, Tensor):
-        for each in (name, f"{name}_"):
-            if hasattr(owner, each):
-                yield getattr(owner, each)
+        if hasattr(owner, name):
+            yield getattr(owner, name)
     packet = getattr(torch.ops.aten, name)
     yield packet
     for overload in packet.overloads():
@@ -231,6 +235,47 @@ class _Watch(InsideMode):
                 _torch.unwrap_in_place(tensor)
 
 
+class Alone(TorchFunctionMode):
+    """Around each member: what one network would have to itself, and members of an ensemble share.
+
+    All members draw the same numbers from a generator that is not torch's global one: each begins where the first one
+    began. And `as_strided` counts from the beginning of a member's tensor, not of the memory that all members share.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begun: dict[torch.Generator, Tensor] = {}
+
+    def __enter__(self) -> Any:
+        for generator, state in self._begun.items():
+            generator.set_state(state)
+        return super().__enter__()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if generator is not None and generator not in self._begun:
+            self._begun[generator] = generator.get_state()
+        if func in _STRIDED and args[0].is_contiguous() and not _torch.is_wrapped(args[0]):
+            args = (args[0].clone(), *args[1:])
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Around members that are computed again later. Afterwards the generators are as they were before."""
+        now = {generator: generator.get_state() for generator in self._begun}
+        try:
+            yield
+        finally:
+            for generator, state in now.items():
+                generator.set_state(state)
+
+
+_STRIDED = {each for name in ("as_strided", "as_strided_copy", "as_strided_scatter") for each in _functions(name)}
+
+
 def _any_wrapped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(isinstance(leaf, Tensor) and _torch.is_wrapped(leaf) for leaf in pytree.tree_leaves((args, kwargs)))
 
@@ -239,7 +284,8 @@ def _any_wrapped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 # Which errors are vmap's
 
 
-# vmap raises these themselves, and no class of its own. Neither a user's class nor a time-out or a lost connection is one.
+# What vmap raises is of one of these classes, not of one derived from them. A user's classes, time-outs and lost
+# connections are others.
 _RAISED_BY_VMAP = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AssertionError)
 _PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 _RAISE = opmap["RAISE_VARARGS"]

@@ -159,6 +159,9 @@ def obstacle(anatomy: Anatomy) -> str | None:
                 return f"{where} calls {kind.obstacle}"
         if _torch.has_backward_hooks(module):
             return f"{where} has backward hooks, which vmap passes by"
+    for name, parameter in anatomy.parameters.items():
+        if _torch.hooks_of(parameter):
+            return f"{name} has hooks on its gradient, which are for that of one network"
     return None
 
 

@@ -153,9 +153,9 @@ def _laid_out(work: Work, slopes: dict[str, Tensor], losses: Tensor, buffers: di
 def disagreement(got: Gradients, want: Gradients, random: bool) -> str:
     """What of `got` is no rounding of `want`; "" where nothing is.
 
-    Rounding moves a gradient by much where it is nearly 0, as that of a bias before batch norm, and the networks at hand
-    amplify it. So this asks for half of it, of gradients that count. Other random numbers move all; then it asks which
-    gradients are 0.
+    Rounding moves a gradient that is nearly 0 by much, as that of a bias before batch norm, and deep networks amplify
+    it. So gradients that count may differ by half. Where random numbers were drawn, they may be others: then only a
+    gradient that is 0 on one side alone is a disagreement.
     """
     norms = {name: float(gradient.detach().double().abs().norm()) for name, gradient in want.gradients.items()}
     least = 1e-3 * max(norms.values(), default=0.0)

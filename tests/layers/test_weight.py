@@ -122,7 +122,7 @@ def test_a_users_rule_calls_the_operators_of_ours(
         called.clear()
         params = fe.batchensemble_params(model, 3)
         fe.make_forward(model, strategy="vmap", rank1_side=side)(params, torch.randn(shape))
-        found.append(list(called))
+        found.append(list(dict.fromkeys(called)))  # each mode in force calls what stands in for the operator again
     expected = [] if side == "weight" else [("scaled", 1, False, side)]
     assert all([call for call in each if call[0] == "scaled"] == expected for each in found)
     if side != "weight":  # there the layer's own forward is called, with W * (r s^T) for its weight
