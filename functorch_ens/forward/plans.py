@@ -105,9 +105,7 @@ class HelpedVmap(Vmap):
         return self._mapped(owning, [zeros, *own], members)
 
     def reason(self, where: str) -> str:
-        return (
-            f"with new tensors made each member's own, and attention by the plain kernel; else vmap failed in {where}"
-        )
+        return f"with new tensors and attention masks made each member's own, for without that vmap failed in {where}"
 
 
 class Loop(Plan):
