@@ -174,8 +174,22 @@ def gaussian_nll(outputs: Tensor, y: Tensor) -> Tensor:
     if shows_values(y) and not bool(y.detach().isfinite().all()):
         raise ValueError("y: expected finite numbers, got nan or inf")
     mean, log_variance = outputs.unbind(-1)
-    log_density = -0.5 * ((y - mean).square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi))
+    log_density = -0.5 * (_squared_error(y - mean, log_variance) + log_variance + math.log(2 * math.pi))
     return (math.log(len(outputs)) - log_density.logsumexp(0)).mean()
+
+
+def _squared_error(error: Tensor, log_variance: Tensor) -> Tensor:
+    """`error**2 / variance`; infinite where that is too large, and then without a gradient: its density is 0.
+
+    1 / variance alone may be infinite. So the error is multiplied by roots of it, which are not, and an error of 0 by 1.
+    """
+    largest = math.log(torch.finfo(error.dtype).max)
+    with torch.no_grad():
+        too_large = 2 * error.abs().log() - log_variance > largest
+        given = ~too_large & (error != 0)
+    root = torch.where(given, -log_variance / 4, 0).exp()
+    square = (torch.where(too_large, 0, error) * root * root).square()
+    return torch.where(too_large, torch.inf, square)
 
 
 def selective_accuracy(logits: Tensor, y: Tensor, *, score: Tensor | None = None) -> SelectiveAccuracy:

@@ -23,6 +23,16 @@ def members(tree: Tree, rows: int | slice | list[int]) -> Tree:
     return sliced
 
 
+def cut_rows(tree: Any, length: int, size: int, axis: int = 0) -> list[Any]:
+    """`tree` in parts of `size` rows: a tensor with `length` rows on `axis` is cut, all else is whole in each part."""
+    tensors, form = take_apart(tree)
+    parts = [x.split(size, axis) if x.ndim > axis and x.shape[axis] == length else None for x in tensors]
+    return [
+        form.rebuild(iter([x if cut is None else cut[i] for x, cut in zip(tensors, parts, strict=True)]))
+        for i in range(-(-length // size))
+    ]
+
+
 class _Fields(NamedTuple):
     """A dataclass among the leaves: its class, and the form of the dict of its attributes."""
 

@@ -163,13 +163,14 @@ class Call:
         return f"functorch_ens: the model raised this for one member. The inputs have the shapes {given}: {axis}."
 
 
-def check_member_axis(inputs: Iterable[Tensor], E: int) -> None:
+def check_member_axis(
+    inputs: Iterable[Tensor], E: int, argument: str = "inputs", option: str = "member_inputs=True"
+) -> None:
     """ValueError where one of `inputs` is not `[E, ...]`."""
     wrong = [list(x.shape) for x in inputs if x.ndim == 0 or x.shape[0] != E]
     if wrong:
         raise ValueError(
-            f"inputs: member_inputs=True expects every tensor to have a leading member axis of {E}, [E, B, ...]; "
-            f"got {wrong}"
+            f"{argument}: {option} expects every tensor to have a leading member axis of {E}, [E, B, ...]; got {wrong}"
         )
 
 

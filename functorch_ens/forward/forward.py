@@ -17,7 +17,7 @@ from functorch_ens.forward.call import Call, update_lost
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
 from functorch_ens.forward.template import Template
-from functorch_ens.forward.watch import VmapCannot, is_of_vmap, is_transient
+from functorch_ens.forward.watch import VmapCannot, first_line, is_of_vmap, is_transient
 from functorch_ens.layers.conv import CONVOLUTION
 from functorch_ens.layers.norm import RUNNING_NORM
 from functorch_ens.layers.operators import SIDES
@@ -183,7 +183,7 @@ class Forward:
 
     def _settle(self, index: int, failure: Exception) -> None:
         """Switch to the plan at `index`, because the first one raised `failure`."""
-        where = f"{self._where(failure)}: {(str(failure).strip() or repr(failure)).splitlines()[0]}"
+        where = f"{self._where(failure)}: {first_line(failure)}"
         plan = self._plans[index]
         if plan.probe:
             raise RuntimeError(f'vmap cannot serve {where}; strategy="loop" can') from failure

@@ -13,7 +13,7 @@ from functorch_ens._torch import pytree
 from functorch_ens.checks import check_positive_int, shown
 from functorch_ens.forward.forward import Forward
 from functorch_ens.params.pytree import EnsembleParams
-from functorch_ens.trees import Form, take_apart
+from functorch_ens.trees import Form, cut_rows, take_apart
 
 
 def predict(
@@ -39,7 +39,8 @@ def predict(
         buffers: the buffers of the ensemble, `{name: [E, ...]}`; they are only read.
         batch_size: the number of rows that go through the model at once.
         prepare: `prepare(*batch)` returns the model's input, or a tuple of its inputs.
-        kwargs: keyword arguments of the model, given with every batch.
+        kwargs: keyword arguments of the model. A tensor with N rows, also in a dict or a tuple, is cut along with them
+            (with `member_inputs=True` also one `[E, N, ...]`); all else is given with every batch.
 
     Returns: the output, any pytree or dataclass of tensors `[E, N, ...]`. Afterwards the model is in its mode again.
 
@@ -59,12 +60,15 @@ def predict(
     parts: list[list[Tensor]] = []
     forms: list[Form] = []
     with torch.no_grad(), forward.mode(training=False):
-        for batch in zip(*(x.split(size) for x in inputs), strict=True):
+        N = shapes[0][0]
+        for batch, named in zip(
+            cut_rows(inputs, N, size), _cut(kwargs, N, size, E, forward.member_inputs), strict=True
+        ):
             given = batch if prepare is None else prepare(*batch)
             given = given if isinstance(given, tuple) else (given,)
             if forward.member_inputs:
                 given = pytree.tree_map_only(Tensor, lambda x: repeat(x, "... -> e ...", e=E), given)
-            output = forward(params, *given, buffers=buffers, **kwargs)
+            output = forward(params, *given, buffers=buffers, **named)
             tensors, form = take_apart(output if buffers is None else output[0])
             rows = len(batch[0])
             strange = [list(tensor.shape) for tensor in tensors if tensor.shape[:2] != (E, rows)]
@@ -76,3 +80,12 @@ def predict(
             parts.append(tensors)
             forms.append(form)
     return forms[0].rebuild(iter(torch.cat(each, 1) for each in zip(*parts, strict=True)))
+
+
+def _cut(kwargs: dict[str, Any], N: int, size: int, E: int, member_inputs: bool) -> list[dict[str, Any]]:
+    """The keyword arguments of each batch. With `member_inputs`, tensors `[N, ...]` are repeated for the members."""
+    if member_inputs:
+        own = lambda x: x if x.shape[:2] == (E, N) else repeat(x, "n ... -> e n ...", e=E) if x.shape[:1] == (N,) else x
+        tensors, form = take_apart(kwargs)
+        kwargs = form.rebuild(iter([own(x) for x in tensors]))
+    return cut_rows(kwargs, N, size, axis=int(member_inputs))

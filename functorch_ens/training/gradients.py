@@ -19,9 +19,9 @@ from functorch_ens.checks import shown
 from functorch_ens.forward.call import check_member_axis
 from functorch_ens.forward.forward import Forward
 from functorch_ens.params.pytree import EnsembleParams
-from functorch_ens.training.losses import Loss, member_losses
+from functorch_ens.training.losses import Loss, MemberLosses
 from functorch_ens.training.optim import with_strides_of
-from functorch_ens.trees import members, take_apart
+from functorch_ens.trees import cut_rows, members, take_apart
 
 
 class Prepare(Protocol):
@@ -67,10 +67,17 @@ class Objective:
     """The losses of all members and their gradients, as one pure function: forward, loss, reduction, autocast."""
 
     def __init__(
-        self, forward: Forward, loss: Loss, reduction: str, prepare: Prepare | None, autocast: torch.dtype | None
+        self,
+        forward: Forward,
+        loss: Loss,
+        reduction: str,
+        prepare: Prepare | None,
+        autocast: torch.dtype | None,
+        member_targets: bool,
     ) -> None:
         self.forward = forward
-        self._loss = loss
+        self.losses = MemberLosses(loss)
+        self.member_targets = member_targets or forward.member_inputs
         self._reduction = reduction
         self._prepare = prepare
         self._autocast = autocast
@@ -84,6 +91,12 @@ class Objective:
             prepared: whether `prepare` has been called on the batch already.
         """
         return self.by_autograd(self.total, E, work, prepared)
+
+    @property
+    def row_axes(self) -> tuple[int, int | None]:
+        """The axis of the rows in a batch, and in its target where that is another one and not made by `prepare`."""
+        axis = int(self.forward.member_inputs)
+        return axis, 1 if self.member_targets and not axis and self._prepare is None else None
 
     def by_autograd(self, total: Callable[..., Any], E: int, work: Work, prepared: bool) -> Gradients:
         """The same, from what `total`, `self.total` or a compiled form of it, returns."""
@@ -120,8 +133,7 @@ class Objective:
         with self._precision(params.stacked.values()):
             outputs = self.forward(params, *inputs, buffers=buffers, **kwargs)
             outputs, new = (outputs, {}) if buffers is None else outputs
-            own = self.forward.member_inputs
-            losses = member_losses(self._loss, outputs, target, member_targets=own, values=values)
+            losses = self.losses(outputs, target, member_targets=self.member_targets, values=values)
         return losses.sum() if self._reduction == "sum" else losses.sum() / E, losses, new
 
     def prepared(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -171,22 +183,38 @@ def disagreement(got: Gradients, want: Gradients, random: bool) -> str:
     return ""
 
 
-def accumulated(compute: Callable[[Work], Gradients], work: Work, parts: int, axis: int) -> Gradients:
-    """The mean of the gradients of `parts` equal parts of the batch, cut along `axis`, and the buffers after the last.
+def accumulated(
+    compute: Callable[[Work], Gradients], work: Work, parts: int, axis: int, target_axis: int | None = None
+) -> Gradients:
+    """The mean of the gradients of `parts` equal parts of the batch, and the buffers after the last.
+
+    Args:
+        compute: the gradients of one part.
+        work: the whole; keyword tensors with as many rows as the batch are cut along with it.
+        parts: how many.
+        axis: that of the rows.
+        target_axis: that of the rows of the last entry of the batch, where it is another one.
 
     Raises: ValueError where the tensors of the batch have no common length that is a multiple of `parts`.
     """
-    tensors, form = take_apart(work.batch)
-    length = {tensor.shape[axis] if tensor.ndim > axis else None for tensor in tensors}
-    if len(length) != 1 or (size := length.pop()) is None or size % parts:
+    *inputs, target = work.batch if target_axis is not None else (*work.batch, ())
+    axes = [(each, axis) for each in take_apart(inputs)[0]]
+    axes += [(each, target_axis) for each in take_apart(target)[0] if target_axis is not None]
+    lengths = [tensor.shape[at] if tensor.ndim > at else None for tensor, at in axes]
+    length = lengths[0] if lengths else None
+    if length is None or any(each != length for each in lengths) or length % parts:
         raise ValueError(
             f"accumulate: expected tensors with one length that is a multiple of {parts} on axis {axis}"
-            f", got the shapes {[list(tensor.shape) for tensor in tensors]}"
+            f", got the shapes {[list(tensor.shape) for tensor, _ in axes]}"
         )
+    size = length // parts
+    inputs, kwargs = (cut_rows(each, length, size, axis) for each in (inputs, work.kwargs))
+    targets = None if target_axis is None else cut_rows(target, length, size, target_axis)
     total: Gradients | None = None
-    for some in zip(*(tensor.chunk(parts, axis) for tensor in tensors), strict=True):
-        batch, buffers = form.rebuild(iter(some)), work.buffers if total is None else total.buffers
-        found = compute(work._replace(batch=batch, buffers=work.buffers and buffers))
+    for i in range(parts):
+        batch = (*inputs[i], *([] if targets is None else [targets[i]]))
+        buffers = work.buffers if total is None else total.buffers
+        found = compute(work._replace(batch=batch, kwargs=kwargs[i], buffers=work.buffers and buffers))
         # Out of place: the next computation may write to the memory of these results.
         shares = {name: value / parts for name, value in found.gradients.items()}
         losses = found.losses / parts
@@ -210,13 +238,18 @@ def by_parts(
     with torch.no_grad():
         # Once for all parts: `prepare` may be random, and its index may pick the members' own data.
         batch = objective.prepared(work.batch)
-    inputs, form = take_apart((batch, work.kwargs))
+    *inputs, target = batch
+    given, form = take_apart((inputs, work.kwargs))
+    targets, target_form = take_apart(target)
     if forward.member_inputs:
-        check_member_axis(inputs, E)
+        check_member_axis(given, E)
+    if objective.member_targets:
+        check_member_axis(targets, E, "y", "member_targets=True" if not forward.member_inputs else "member_inputs=True")
     for start in range(0, E, size):
         rows = slice(start, min(start + size, E))
-        given = form.rebuild(iter(members(inputs, rows) if forward.member_inputs else inputs))
-        yield rows, compute(E, work.part(rows, *given), True)
+        some, kwargs = form.rebuild(iter(members(given, rows) if forward.member_inputs else given))
+        own = target_form.rebuild(iter(members(targets, rows) if objective.member_targets else targets))
+        yield rows, compute(E, work.part(rows, (*some, own), kwargs), True)
 
 
 def collected(parts: Iterator[tuple[slice, Gradients]], work: Work, scratch: dict[str, Tensor]) -> Gradients:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +13,11 @@ from torch import Tensor
 from torch.func import vmap
 
 from functorch_ens.checks import check_of_members
+from functorch_ens.forward.watch import first_line, is_of_vmap, is_transient, watched_vmap
+from functorch_ens.rng import RandomState
 from functorch_ens.trees import take_apart
+
+log = logging.getLogger(__name__)
 
 
 class Loss(Protocol):
@@ -27,7 +33,9 @@ def member_losses(
     member_targets: bool = False,
     values: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """The loss of each member, `[E]`, by the ordinary `loss` of one network, without a Python loop.
+    """The loss of each member, `[E]`, by the ordinary `loss` of one network.
+
+    vmap computes all members at once. Where it cannot serve `loss`, a loop over the members does.
 
     >>> import torch, functorch_ens as fe
     >>> logits, y = torch.zeros(5, 7, 3), torch.zeros(7, dtype=torch.long)
@@ -45,52 +53,137 @@ def member_losses(
     Raises:
         TypeError: `loss` returns no tensor.
         ValueError: tensors in `outputs` (or, with `member_targets`, in `targets`) differ in their leading axis or are
-            empty, one of `values` is not `[E, ...]`, `loss` returns more than one number, or a label is out of range.
+            empty, one of `values` is not `[E, ...]`, `loss` returns more than one number, a label is out of range, or a
+            target is `[E, B, ...]` without `member_targets`.
     """
-    stacked, form = take_apart(outputs)
-    given, target_form = take_apart(targets)
-    axis = stacked + given if member_targets else stacked
-    if len({tuple(tensor.shape[:1]) for tensor in axis}) != 1 or axis[0].ndim == 0:
+    return MemberLosses(loss, logging.DEBUG)(outputs, *targets, member_targets=member_targets, values=values)
+
+
+class MemberLosses:
+    """`member_losses` of one `loss`: by vmap, or by a loop over the members from the first loss that vmap cannot serve."""
+
+    strategy = "vmap"
+    """The strategy in use: `"vmap"` or `"loop"`."""
+    reason = ""
+    """Why it is the loop; "" where it is not."""
+
+    def __init__(self, loss: Loss, level: int = logging.WARNING) -> None:
+        self._loss = loss
+        self._level = level
+
+    def __call__(
+        self,
+        outputs: Any,
+        *targets: Any,
+        member_targets: bool = False,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The loss of each member, `[E]`, as `member_losses` describes."""
+        stacked, form = take_apart(outputs)
+        given, target_form = take_apart(targets)
+        E = _count(stacked, given if member_targets else [])
+        if not member_targets:
+            _check_not_of_members(stacked, given)
+        own = check_values(values, E)
+        # vmap has no right rule for some losses of a stack and a target that all members share.
+        mapped = [member_targets or target.is_floating_point() for target in given]
+        shared = [target for target, of_one in zip(given, mapped, strict=True) if not of_one]
+        apart = [
+            target if member_targets else target.expand(E, *target.shape)
+            for target, of_one in zip(given, mapped, strict=True)
+            if of_one
+        ]
+
+        def of_one(*tensors: Tensor) -> Tensor:
+            rest, constant = iter(tensors), iter(shared)
+            output = form.rebuild(rest)
+            target = target_form.rebuild(iter([next(rest if each else constant) for each in mapped]))
+            value: Any = self._loss(output, *target, **dict(zip(own, rest, strict=True)))
+            if not isinstance(value, Tensor):
+                raise TypeError(f"loss: expected a tensor, got {value!r}")
+            return value
+
+        try:
+            losses = self._computed(of_one, [*stacked, *apart, *own.values()])
+        except Exception as error:
+            if len(stacked) == len(given) == 1:
+                _check_labels(given[0], stacked[0], int(member_targets))
+                if not member_targets and stacked[0].shape[:1] == given[0].shape[:1] != stacked[0].shape[1:2]:
+                    raise ValueError(
+                        "outputs: expected members first, and then the rows of the target, [E, B, ...]; one network's "
+                        f"are outputs[None]; got outputs {list(stacked[0].shape)} and a target {list(given[0].shape)}"
+                    ) from error
+            if not is_transient(error):
+                error.add_note(
+                    "functorch_ens: this is the loss of one member, called with outputs[i] of the shapes "
+                    f"{[list(tensor.shape[1:]) for tensor in stacked]}; a loss that takes numbers, and not tensors, "
+                    "cannot use values=; functorch_ens.cross_entropy can"
+                )
+            raise
+        if losses.ndim != 1:
+            raise ValueError(
+                f"loss: expected one number for a member, got a tensor of shape {list(losses.shape[1:])}; "
+                'reduce it, as reduction="mean" does in torch.nn.functional'
+            )
+        return losses
+
+    def _computed(self, of_one: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
+        """The losses of all members, by the strategy in use; and by the loop where vmap cannot serve the loss."""
+        if self.strategy == "loop":
+            return _by_loop(of_one, tensors)
+        if torch.compiler.is_compiling():
+            return vmap(of_one, randomness="different")(*tensors)
+        before = RandomState.of(tensors)
+        try:
+            losses: Tensor = watched_vmap(of_one, tensors, randomness="different")
+        except Exception as error:
+            if not is_of_vmap(error):
+                raise
+            failure = error
+        else:
+            return losses
+        before.restore()
+        try:
+            losses = _by_loop(of_one, tensors)
+        except Exception as error:
+            raise error from None  # the loss itself raises it
+        self.strategy = "loop"
+        self.reason = f"the loss is computed by a loop over the members, for vmap failed in it: {first_line(failure)}"
+        log.log(self._level, "%s", self.reason)
+        return losses
+
+
+def _by_loop(of_one: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
+    return torch.stack([of_one(*of_member) for of_member in zip(*(each.unbind() for each in tensors), strict=True)])
+
+
+def _count(outputs: list[Tensor], targets: list[Tensor]) -> int:
+    """The number of members, from the leading axis of these tensors; ValueError where they have none in common."""
+    axis = outputs + targets
+    first = axis[0].shape[0] if axis and axis[0].ndim else None
+    if first is None or any(tensor.ndim == 0 or tensor.shape[0] != first for tensor in axis):
         raise ValueError(
             "outputs: expected tensors with one leading member axis [E, ...], got the shapes "
             f"{[list(tensor.shape) for tensor in axis]}"
         )
-    if axis[0].shape[0] and not any(tensor.numel() for tensor in stacked):
-        shapes = [list(tensor.shape) for tensor in stacked]
+    if first and not any(tensor.numel() for tensor in outputs):
+        shapes = [list(tensor.shape) for tensor in outputs]
         raise ValueError(f"outputs: an empty batch has no loss, got the shapes {shapes}")
-    own = check_values(values, axis[0].shape[0])
+    return first
 
-    def of_one(*tensors: Tensor) -> Tensor:
-        rest = iter(tensors)
-        output = form.rebuild(rest)
-        target = target_form.rebuild(rest if member_targets else iter(given))
-        value: Any = loss(output, *target, **dict(zip(own, rest, strict=True)))
-        if not isinstance(value, Tensor):
-            raise TypeError(f"loss: expected a tensor, got {value!r}")
-        return value
 
-    try:
-        losses = vmap(of_one, randomness="different")(*axis, *own.values())
-    except Exception as error:
-        if len(stacked) == len(given) == 1:
-            _check_labels(given[0], stacked[0], int(member_targets))
-            if not member_targets and stacked[0].shape[:1] == given[0].shape[:1] != stacked[0].shape[1:2]:
-                raise ValueError(
-                    "outputs: expected members first, and then the rows of the target, [E, B, ...]; one network's are "
-                    f"outputs[None]; got outputs {list(stacked[0].shape)} and a target {list(given[0].shape)}"
-                ) from error
-        error.add_note(
-            "functorch_ens: this is the loss of one member, called with outputs[i] of the shapes "
-            f"{[list(tensor.shape[1:]) for tensor in stacked]}; a loss that takes numbers, and not tensors, cannot use "
-            "values=; functorch_ens.cross_entropy can"
-        )
-        raise
-    if losses.ndim != 1:
-        raise ValueError(
-            f"loss: expected one number for a member, got a tensor of shape {list(losses.shape[1:])}; "
-            'reduce it, as reduction="mean" does in torch.nn.functional'
-        )
-    return losses
+def _check_not_of_members(outputs: list[Tensor], targets: list[Tensor]) -> None:
+    """ValueError where a target is `[E, B, ...]`: it would broadcast, and every member would learn from all of it."""
+    if len(outputs) != 1 or outputs[0].ndim < 2 or torch.compiler.is_compiling():
+        return
+    E, B, *rest = outputs[0].shape
+    for target in targets:
+        can_be_rows = E == B and prod(rest) != 1
+        if target.ndim >= 2 and target.shape[:2] == (E, B) and target.shape != (B, *rest) and not can_be_rows:
+            raise ValueError(
+                f"y: got {list(target.shape)} for outputs {list(outputs[0].shape)}, as if every member had its own; "
+                "member_targets=True gives member i y[i]; targets that all members share are [B, ...]"
+            )
 
 
 def check_values(values: Mapping[str, Tensor] | None, E: int | None = None) -> dict[str, Tensor]:
@@ -144,6 +237,13 @@ def cross_entropy(
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
     log_probs = (logits / temperature).log_softmax(1)
+    loss = F.nll_loss(log_probs, y)
+    if not isinstance(label_smoothing, Tensor):
+        if label_smoothing == 0:
+            return loss
+        spread = log_probs
+    else:
+        spread = torch.where(label_smoothing == 0, 0, log_probs)  # 0 times the -inf of an excluded class is nan
     counted = y != -100
-    even = torch.where(counted, log_probs.mean(1), 0).sum() / counted.sum()
-    return (1 - label_smoothing) * F.nll_loss(log_probs, y) - label_smoothing * even
+    even = torch.where(counted, spread.mean(1), 0).sum() / counted.sum()
+    return (1 - label_smoothing) * loss - label_smoothing * even

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from functorch_ens.checks import check_number, check_option, check_positive_int
+from functorch_ens.checks import check_bool, check_number, check_option, check_positive_int
 from functorch_ens.forward.forward import Forward
 from functorch_ens.forward.plans import Plan
 from functorch_ens.params.pytree import EnsembleParams
@@ -40,6 +40,7 @@ def make_train_step(
     clip_norm: float | None = None,
     clip_by: str = "member",
     accumulate: int = 1,
+    member_targets: bool = False,
     autocast: torch.dtype | None = None,
     compile: bool | Mapping[str, Any] = True,
 ) -> TrainStep:
@@ -55,7 +56,7 @@ def make_train_step(
     torch.Size([5])
 
     Args:
-        forward: from `make_forward`; with `member_inputs=True` the targets are `[E, B, ...]` too.
+        forward: from `make_forward`; `member_inputs=True` implies `member_targets`.
         loss: `loss(output_of_one_member, y)`, a scalar, such as `F.cross_entropy`.
         optimizer: of torch.optim, over tensors of the parameters or over `param_groups`.
         reduction: `"sum"` of the members' losses, or their `"mean"`, which gives r and s 1/E of the gradient.
@@ -64,6 +65,7 @@ def make_train_step(
         clip_norm: scale gradients down to this norm.
         clip_by: the norm is that of each `"member"`, or of the whole `"ensemble"`.
         accumulate: average the gradients of so many equal parts of a batch.
+        member_targets: y is `[E, B, ...]`, and member i learns from `[i]`.
         autocast: `torch.bfloat16` for the forward and the loss.
         compile: True, options of `torch.compile`, or False. Training goes on without a compiler that fails.
 
@@ -86,11 +88,12 @@ def make_train_step(
     if clip_norm is not None and not check_number(clip_norm, "clip_norm", minimum=0.0):
         raise ValueError(f"clip_norm: expected a number > 0, got {clip_norm!r}")
     check_option(clip_by, ("member", "ensemble"), "clip_by")
+    check_bool(member_targets, "member_targets")
     check_option(autocast, (None, torch.bfloat16), "autocast")
     if not isinstance(compile, bool | Mapping):
         raise TypeError(f"compile: expected True, False or options of torch.compile, got {compile!r}")
     return TrainStep(
-        Objective(forward, loss, reduction, prepare, autocast),
+        Objective(forward, loss, reduction, prepare, autocast, member_targets),
         optimizer,
         values=dict(values or {}),
         clip=None if clip_norm is None else (float(clip_norm), clip_by),
@@ -148,8 +151,8 @@ class TrainStep:
     @property
     def reason(self) -> str:
         """`forward.reason`: why they are computed so; and what of the step is not compiled, and why."""
-        more = "" if self._compiled is None else self._compiled.reason
-        return f"{self.forward.reason}; {more}" if more else self.forward.reason
+        of_compiler = "" if self._compiled is None else self._compiled.reason
+        return "; ".join(filter(None, [self.forward.reason, self._objective.losses.reason, of_compiler]))
 
     @property
     def compiled_by(self) -> str | None:
@@ -226,7 +229,7 @@ class TrainStep:
         if self._accumulate == 1:
             found = of_all(work)
         else:
-            found = accumulated(of_all, work, self._accumulate, axis=int(self.forward.member_inputs))
+            found = accumulated(of_all, work, self._accumulate, *self._objective.row_axes)
         return found._replace(gradients=self._clipped(found.gradients, params))
 
     @torch.no_grad()
@@ -243,7 +246,7 @@ class TrainStep:
                 made=self.forward.made,
                 one_by_one=lambda E, work, prepared: _plan(self, work.trained).one_by_one,
                 disagreement=disagreement,
-                situation=lambda: (self.forward.strategy, *self.forward.modes()),
+                situation=lambda: (self.forward.strategy, self._objective.losses.strategy, *self.forward.modes()),
             )
         return self._compiled(E, work, prepared)
 
