@@ -179,9 +179,9 @@ def gaussian_nll(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def _squared_error(error: Tensor, log_variance: Tensor) -> Tensor:
-    """`error**2 / variance`; infinite where that is too large, and then without a gradient: its density is 0.
+    """`error**2 / variance`; infinite where that is too large, and then without a gradient: the density is 0.
 
-    1 / variance alone may be infinite. So the error is multiplied by roots of it, which are not, and an error of 0 by 1.
+    1 / variance alone may be infinite. The error is multiplied by roots of it, which are not, and an error of 0 by 1.
     """
     largest = math.log(torch.finfo(error.dtype).max)
     with torch.no_grad():

@@ -38,6 +38,9 @@ class Differentiated(Protocol):
     def total(self, *arguments: Any) -> Any:
         """What is differentiated."""
 
+    def disagreement(self, got: Any, want: Any, random: bool, arguments: tuple[Any, ...], /) -> str:
+        """What of `got` is no rounding of `want`; "" where nothing is. `random`: random numbers were drawn."""
+
 
 class Compiled:
     """The gradients of an objective, compiled by the first of four rungs that works.
@@ -63,7 +66,6 @@ class Compiled:
         *,
         made: Collection[object] = (),
         one_by_one: Callable[..., bool] = lambda *_: False,
-        disagreement: Callable[[Any, Any, bool], str] = lambda got, want, random: "",
         situation: Callable[[], Hashable] = lambda: None,
     ) -> None:
         """Note what to compile; the first call compiles.
@@ -73,7 +75,6 @@ class Compiled:
             options: the user's own, for torch.compile.
             made: objects that the objective holds and never changes; guards on them are dropped.
             one_by_one: whether the objective, called with these arguments, computes members one after another.
-            disagreement: says what of a result is no rounding of another one, where random numbers were drawn or not.
             situation: what else the results depend on. Results in a new situation are compared again.
         """
         self.by = None
@@ -81,7 +82,6 @@ class Compiled:
         self._objective = objective
         self._compiled: Callable[..., Any] = objective
         self._options = dict(options)
-        self._disagreement = disagreement
         self._situation = situation
         self._compared: set[Hashable] = set()
         whole = {"fullgraph": True}
@@ -131,11 +131,13 @@ class Compiled:
         reasons: list[str] = []
         situation = self._situation()
         for rung, attempt in list(self._rungs.items()):
+            if rung not in self._rungs:
+                continue
             before.restore()
             try:
                 with saved_tensor_hooks_kept():
                     compiled, result = attempt(options, arguments)
-                if differs := self._disagreement(result, plain, random):
+                if differs := self._objective.disagreement(result, plain, random, arguments):
                     raise _Disagrees(differs)
             except (MemoryError, TimeoutError, ConnectionError, torch.OutOfMemoryError):
                 raise  # of the machine, and perhaps gone at the next call
@@ -150,6 +152,8 @@ class Compiled:
                 reasons.append(_first_line(error))
                 log.info("the compilation by %s failed: %r", rung, error)
                 del self._rungs[rung]
+                if type(error).__name__ in _NOT_ONE_GRAPH:
+                    self._rungs.pop("torch.compile", None)
             else:
                 self._compiled, self._compared = compiled, {situation}
                 self.by = "torch.compile" if rung == "in parts" else rung
@@ -171,7 +175,7 @@ class Compiled:
         random = not before.equals(RandomState.of(tensors))
         before.restore()
         result = compiled(*arguments)
-        if differs := self._disagreement(result, plain, random):
+        if differs := self._objective.disagreement(result, plain, random, arguments):
             before.restore()
             raise _Disagrees(differs)
         self._compared.add(situation)
@@ -208,6 +212,9 @@ def _is_of_others(error: Exception) -> bool:
     """Whether the class of `error` is one that the running script defines, so that no compiler raised it."""
     return type(error).__module__.partition(".")[0] in ("__main__", "__mp_main__")
 
+
+_NOT_ONE_GRAPH = ("Unsupported", "UserError", "TorchRuntimeError")
+"""Dynamo's errors about what it traces. Without our extras it traces the same."""
 
 _PLACE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 

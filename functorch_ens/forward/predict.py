@@ -85,7 +85,10 @@ def predict(
 def _cut(kwargs: dict[str, Any], N: int, size: int, E: int, member_inputs: bool) -> list[dict[str, Any]]:
     """The keyword arguments of each batch. With `member_inputs`, tensors `[N, ...]` are repeated for the members."""
     if member_inputs:
-        own = lambda x: x if x.shape[:2] == (E, N) else repeat(x, "n ... -> e n ...", e=E) if x.shape[:1] == (N,) else x
         tensors, form = take_apart(kwargs)
-        kwargs = form.rebuild(iter([own(x) for x in tensors]))
+        are_shared = [x.shape[:1] == (N,) and x.shape[:2] != (E, N) for x in tensors]
+        own = [
+            repeat(x, "n ... -> e n ...", e=E) if shared else x for x, shared in zip(tensors, are_shared, strict=True)
+        ]
+        kwargs = form.rebuild(iter(own))
     return cut_rows(kwargs, N, size, axis=int(member_inputs))

@@ -60,7 +60,7 @@ def member_losses(
 
 
 class MemberLosses:
-    """`member_losses` of one `loss`: by vmap, or by a loop over the members from the first loss that vmap cannot serve."""
+    """`member_losses` of one `loss`: by vmap, or by a loop over the members once vmap has failed in the loss."""
 
     strategy = "vmap"
     """The strategy in use: `"vmap"` or `"loop"`."""

@@ -22,7 +22,6 @@ from functorch_ens.training.gradients import (
     by_parts,
     clipped,
     collected,
-    disagreement,
 )
 from functorch_ens.training.losses import Loss, check_values
 from functorch_ens.training.optim import Finder, Trained, use_fused_kernels
@@ -245,7 +244,6 @@ class TrainStep:
                 self._options,
                 made=self.forward.made,
                 one_by_one=lambda E, work, prepared: _plan(self, work.trained).one_by_one,
-                disagreement=disagreement,
                 situation=lambda: (self.forward.strategy, self._objective.losses.strategy, *self.forward.modes()),
             )
         return self._compiled(E, work, prepared)
