@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from functorch_ens import _torch
 from functorch_ens.forward.template import Template
-from functorch_ens.forward.watch import Alone
+from functorch_ens.forward.watch import Alone, Notes
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.trees import Form, Static, take_apart
 
@@ -92,6 +92,7 @@ class Call:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         member_inputs: bool,
+        unwatched: set[Hashable],
     ) -> None:
         inputs, self._arguments = take_apart((args, kwargs))
         if member_inputs:
@@ -101,18 +102,38 @@ class Call:
         self.member_inputs = member_inputs
         self.modes = template.modes()
         self._template = template
-        self._alone = Alone()
+        self.notes: Notes | None = None
+        self._unwatched = unwatched
+        if not torch.compiler.is_compiling():
+            self._situation = self._known_situation()
+            self.notes = None if self._situation in unwatched else Notes()
+        self._alone = nullcontext() if self.notes is None else Alone(self.notes)
         self._returns_buffers = buffers is not None
         self._own_buffers = template.own_buffers() if buffers is None else {}
         given = [] if torch.compiler.is_compiling() else [*params.shared.items(), *params.stacked.items()]
         self._versions = [(name, tensor, _torch.version(tensor)) for name, tensor in given]
+
+    def _known_situation(self) -> Hashable:
+        """What decides what the model does, as far as it can be known without its values; None where more may."""
+        tensors = [*self.members.shared.values(), *self.members.stacked.values(), *self.members.inputs]
+        constants = tuple(value for value in self._arguments.values if value is not ...)
+        if not all(value is None or isinstance(value, bool | int | float | str) for value in constants):
+            return None
+        shapes = tuple((x.shape, x.dtype) for x in self.members.inputs)
+        flags = tuple(x.requires_grad for x in tensors)
+        return torch.is_grad_enabled(), tuple(self.modes), flags, shapes, constants
+
+    def end_watch(self) -> None:
+        """After a call in which the modes of the watch had nothing to do: calls like it go without them."""
+        if self.notes is not None and not self.notes.are_needed and self._situation is not None:
+            self._unwatched.add(self._situation)
 
     def member(self, one: Members) -> Returned:
         """The output and the new buffers of one member."""
         # A forward may write to its inputs and buffers in place, so it gets copies of them.
         args, kwargs = self._arguments.rebuild(iter([x.clone() for x in one.inputs]))
         copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **one.buffers}.items()}
-        with nullcontext() if torch.compiler.is_compiling() else self._alone:
+        with self._alone:
             output, new = self._template({**one.shared, **one.stacked}, copies, args, kwargs)
         updated: list[str] = []
         if any(self.modes):
@@ -140,7 +161,7 @@ class Call:
         """Inside, the template is in the modes of this call, and serves it alone: it holds one member's tensors."""
         with nullcontext() if torch.compiler.is_compiling() else _LOCK:
             self._template.follow(self.modes)
-            with nullcontext() if torch.compiler.is_compiling() else self._alone.again():
+            with self._alone.again() if isinstance(self._alone, Alone) else nullcontext():
                 yield
 
     def check_parameters(self) -> None:

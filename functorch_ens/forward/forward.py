@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -95,6 +95,8 @@ class Forward:
         self._norms = list(anatomy.instances(RUNNING_NORM).items())
         self.member_inputs = member_inputs
         self._is_free = strategy == "auto"
+        self._unwatched: set[Hashable] = set()
+        """The kinds of calls in which the watch has found nothing."""
         found = obstacle(anatomy)
         self._plans = plans_for(strategy, randomness, chunk_size, found)
         self._use(found or self.plan.reason("") if self._is_free else "it was asked for", logging.INFO)
@@ -119,7 +121,7 @@ class Forward:
     ) -> Any:
         """Every member's output for the inputs `args` and `kwargs`, as `make_forward` describes."""
         E = self.check(params, buffers)
-        call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs)
+        call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs, self._unwatched)
         if torch.compiler.is_compiling():
             with call.replay():
                 return call.result(run(call, self.compiled_plan(params)))
@@ -178,6 +180,7 @@ class Forward:
                 raise
             if failure is not None:
                 self._settle(index, failure)
+            call.end_watch()
             return result
         raise AssertionError("the loop over plans returns or raises")
 

@@ -60,7 +60,7 @@ class Vmap(Plan):
     strategy = "vmap"
 
     def compute(self, call: Call, members: Members) -> Returned:
-        return self._mapped(self._one(call, members), _own(call, members), members)
+        return self._mapped(self._one(call, members), _own(call, members), members, call)
 
     def reason(self, where: str) -> str:
         return "nothing in the model is known to need the loop"
@@ -69,9 +69,9 @@ class Vmap(Plan):
         # vmap makes them one grouped convolution, which is slow on CPUs, and their norms more passes over memory.
         return Loop(self.randomness, self.chunk_size)
 
-    def _mapped(self, function: Callable[..., Any], own: list[Tensor], members: Members) -> Returned:
+    def _mapped(self, function: Callable[..., Any], own: list[Tensor], members: Members, call: Call) -> Returned:
         keep = [*members.shared.values(), *members.stacked.values()]
-        return Returned(*watched_vmap(function, own, randomness=self.randomness, keep=keep))
+        return Returned(*watched_vmap(function, own, randomness=self.randomness, keep=keep, notes=call.notes))
 
     def _one(self, call: Call, members: Members) -> Callable[..., Any]:
         """One member as a function of flat tensors, which Dynamo traces faster than pytrees."""
@@ -102,7 +102,7 @@ class HelpedVmap(Vmap):
                 return member(*own)
 
         zeros = torch.zeros(len(own[0]), device=own[0].device)
-        return self._mapped(owning, [zeros, *own], members)
+        return self._mapped(owning, [zeros, *own], members, call)
 
     def reason(self, where: str) -> str:
         return f"with new tensors and attention masks made each member's own, for without that vmap failed in {where}"

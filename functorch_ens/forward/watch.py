@@ -3,6 +3,7 @@
 Under vmap a member's tensors are wrappers, "batched tensors". Most operations on them are right, or raise. Some are
 silently wrong: a batched tensor says that it has no gradient, and a few operators have a wrong rule. A mode of torch
 sees each operation, and `watched_vmap` raises `VmapCannot` where one of these occurs; the loop serves such a model.
+The mode costs time, so it is in force at the first call of a kind, and later only where it had something to do.
 torch.compile traces what an eager call has tried, so it runs without the watch.
 """
 
@@ -45,8 +46,20 @@ class VmapCannot(RuntimeError):
         self.modules = list(modules)
 
 
+class Notes:
+    """What a watched call has found."""
+
+    are_needed = False
+    """Whether a mode has done something, so that it has to be in force at the next call of this kind too."""
+
+
 def watched_vmap(
-    function: Callable[..., Any], tensors: Sequence[Tensor], *, randomness: str, keep: Sequence[Tensor] = ()
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    *,
+    randomness: str,
+    keep: Sequence[Tensor] = (),
+    notes: Notes | None,
 ) -> Any:
     """`vmap(function, randomness=randomness)(*tensors)`; its result equals that of a loop.
 
@@ -55,14 +68,15 @@ def watched_vmap(
         tensors: `[k, ...]`.
         randomness: vmap's.
         keep: tensors whose flag `requires_grad` must stay as it is.
+        notes: those of the call. None: without the watch, which has found nothing in such a call before.
 
     Raises: VmapCannot where `function` does something that vmap computes wrongly. It is raised after `function` has
         ended, so that no handler in it catches it.
     """
     mapped = vmap(function, randomness=randomness)
-    if torch.compiler.is_compiling():
+    if notes is None or torch.compiler.is_compiling():
         return mapped(*tensors)
-    watch = _Watch(randomness, keep)
+    watch = _Watch(randomness, keep, notes)
     try:
         with watch:
             result = mapped(*tensors)
@@ -150,8 +164,9 @@ _HOOKS = {Tensor.register_hook: "register_hook", Tensor.retain_grad: "retain_gra
 class _Watch(InsideMode):
     """Notices what vmap computes wrongly, and remembers which wrappers have been made."""
 
-    def __init__(self, randomness: str, keep: Sequence[Tensor]) -> None:
+    def __init__(self, randomness: str, keep: Sequence[Tensor], notes: Notes) -> None:
         super().__init__()
+        self._notes = notes
         self.problem: VmapCannot | None = None
         self._randomness = randomness
         self._keep = {id(tensor) for tensor in keep}
@@ -169,6 +184,7 @@ class _Watch(InsideMode):
         if self.problem is None:
             self._look(func, args, kwargs)
         if kwargs.get("generator") is not None and self.problem is None:
+            self._notes.are_needed = True
             with _torch.outside_transforms():  # one draw serves all members
                 return func(*args, **kwargs)
         result = self.call(func, args, kwargs)
@@ -202,6 +218,7 @@ class _Watch(InsideMode):
 
     def _set_flag(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`requires_grad_`, for the tensor inside: torch refuses it for a batched one."""
+        self._notes.are_needed = True
         inner = _torch.below_vmap(args[0])
         if id(inner) in self._keep or _torch.is_wrapped(inner):
             self._note("it sets requires_grad of a tensor")
@@ -232,6 +249,7 @@ class _Watch(InsideMode):
         self._made.clear()  # torch swaps no tensor that weak references point to
         for tensor in alive.values():
             if _torch.is_batched(tensor):
+                self._notes.are_needed = True
                 _torch.unwrap_in_place(tensor)
 
 
@@ -242,8 +260,9 @@ class Alone(TorchFunctionMode):
     began. And `as_strided` counts from the beginning of a member's tensor, not of the memory that all members share.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, notes: Notes) -> None:
         super().__init__()
+        self._notes = notes
         self._begun: dict[torch.Generator, Tensor] = {}
 
     def __enter__(self) -> Any:
@@ -257,8 +276,10 @@ class Alone(TorchFunctionMode):
         kwargs = kwargs or {}
         generator = kwargs.get("generator")
         if generator is not None and generator not in self._begun:
+            self._notes.are_needed = True
             self._begun[generator] = generator.get_state()
         if func in _STRIDED and args[0].is_contiguous() and not _torch.is_wrapped(args[0]):
+            self._notes.are_needed = True
             args = (args[0].clone(), *args[1:])
         return func(*args, **kwargs)
 

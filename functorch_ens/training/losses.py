@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from math import prod
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from functorch_ens.checks import check_of_members
-from functorch_ens.forward.watch import first_line, is_of_vmap, is_transient, watched_vmap
+from functorch_ens.forward.watch import Notes, first_line, is_of_vmap, is_transient, watched_vmap
 from functorch_ens.rng import RandomState
 from functorch_ens.trees import take_apart
 
@@ -70,6 +70,7 @@ class MemberLosses:
     def __init__(self, loss: Loss, level: int = logging.WARNING) -> None:
         self._loss = loss
         self._level = level
+        self._unwatched: set[Hashable] = set()
 
     def __call__(
         self,
@@ -133,14 +134,18 @@ class MemberLosses:
             return _by_loop(of_one, tensors)
         if torch.compiler.is_compiling():
             return vmap(of_one, randomness="different")(*tensors)
+        situation = (torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in tensors))
+        notes = None if situation in self._unwatched else Notes()
         before = RandomState.of(tensors)
         try:
-            losses: Tensor = watched_vmap(of_one, tensors, randomness="different")
+            losses: Tensor = watched_vmap(of_one, tensors, randomness="different", notes=notes)
         except Exception as error:
             if not is_of_vmap(error):
                 raise
             failure = error
         else:
+            if notes is not None and not notes.are_needed:
+                self._unwatched.add(situation)
             return losses
         before.restore()
         try:
