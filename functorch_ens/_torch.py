@@ -212,6 +212,12 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in ("_backward_hooks", "_backward_pre_hooks"))
 
 
+def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """The forward hooks of `module`, those before and those after its forward. Fallback: none."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    return [hook for name in names for hook in getattr(module, name, {}).values()]
+
+
 def every_module_has_backward_hooks() -> bool:
     """Whether backward hooks are registered on all modules at once. Fallback: False."""
     return any(_private["torch.nn.modules.module", f"_global_backward_{kind}"] for kind in ("hooks", "pre_hooks"))

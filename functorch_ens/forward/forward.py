@@ -17,7 +17,7 @@ from functorch_ens.forward.call import Call, update_lost
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
 from functorch_ens.forward.template import Template
-from functorch_ens.forward.watch import VmapCannot, first_line, is_of_vmap, is_transient
+from functorch_ens.forward.watch import VmapCannot, first_line, is_of_vmap, is_transient, may_be_wrong
 from functorch_ens.layers.conv import CONVOLUTION
 from functorch_ens.layers.norm import RUNNING_NORM
 from functorch_ens.layers.operators import SIDES
@@ -95,6 +95,8 @@ class Forward:
         self._norms = list(anatomy.instances(RUNNING_NORM).items())
         self.member_inputs = member_inputs
         self._is_free = strategy == "auto"
+        self._may_be_wrong = may_be_wrong(anatomy.modules.values())
+        self._has_computed = False
         self._unwatched: set[Hashable] = set()
         """The kinds of calls in which the watch has found nothing."""
         found = obstacle(anatomy)
@@ -149,8 +151,14 @@ class Forward:
         return E
 
     def compiled_plan(self, params: EnsembleParams) -> Plan:
-        """The plan inside torch.compile: `"auto"` may take another one for a member's own convolutions on a CPU."""
+        """The plan inside torch.compile: `"auto"` may take another one.
+
+        For a member's own convolutions on a CPU, and for a model whose code asks what vmap answers wrongly, before a
+        call outside of torch.compile has shown whether it does.
+        """
         if self._is_free:
+            if self._may_be_wrong and not self._has_computed:
+                return self._plans[-1]
             stacks = [stack for name, stack in params.stacked.items() if name in self._convolutions]
             if stacks and stacks[0].device.type == "cpu":
                 return self.plan.for_own_convolutions()
@@ -181,6 +189,7 @@ class Forward:
             if failure is not None:
                 self._settle(index, failure)
             call.end_watch()
+            self._has_computed = True
             return result
         raise AssertionError("the loop over plans returns or raises")
 

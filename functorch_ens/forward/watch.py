@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dis import opmap
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -299,6 +299,29 @@ _STRIDED = {each for name in ("as_strided", "as_strided_copy", "as_strided_scatt
 
 def _any_wrapped(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(isinstance(leaf, Tensor) and _torch.is_wrapped(leaf) for leaf in pytree.tree_leaves((args, kwargs)))
+
+
+_ASKED = frozenset(("requires_grad", "grad_fn", "is_leaf", "register_hook", "retain_grad", *WRONG_UNDER_VMAP))
+
+
+def may_be_wrong(modules: Iterable[nn.Module]) -> bool:
+    """Whether the code of a model, or of its hooks, has a name that the watch looks for.
+
+    For a forward that is compiled before any call could be watched. Only the code of the classes outside torch is read.
+    """
+    for module in modules:
+        theirs = [cls for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "functorch_ens."))]
+        functions = [*(value for cls in theirs for value in vars(cls).values()), *_torch.forward_hooks_of(module)]
+        if any(isinstance(each, FunctionType) and not _ASKED.isdisjoint(_names(each.__code__)) for each in functions):
+            return True
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 # --------------------------------------------------------------------------------------------------------------------
