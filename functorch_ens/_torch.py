@@ -124,7 +124,7 @@ def unwrap_in_place(tensor: Tensor) -> None:
         return
     try:
         with outside_transforms():
-            inner = _get_unwrapped(tensor).movedim(_bdim_of(tensor), 0)
+            inner = _get_unwrapped(tensor).movedim(_bdim_of(tensor), 0)  # a view, for torch swaps none that others hold
         torch.utils.swap_tensors(tensor, inner)
     except RuntimeError as error:  # torch swaps no tensor that something in C++ holds
         log.warning("a tensor that the model keeps from a call by vmap cannot be used afterwards: %s", error)

@@ -43,18 +43,13 @@ class RandomState(NamedTuple):
 class Reseeding:
     """Whether torch's global generator has been seeded anew since this object was made, until `end`.
 
-    The seed tells. A generator that was seeded and not used yet gets another number for its seed in the meantime, which
-    changes nothing that it draws: so the same seed is noticed too.
+    The generator remembers its seed, and draws from the rest of its state. In the meantime it remembers another number,
+    so that the same seed is noticed too.
     """
 
     def __init__(self) -> None:
-        seed = torch.initial_seed()
-        state = torch.get_rng_state()
-        fresh = torch.Generator().manual_seed(seed).get_state()
-        self._seed = state[:_SEED].clone()
-        self._is_marked = torch.equal(fresh, state)
-        if self._is_marked:
-            _mark(self._seed ^ 0x55)
+        self._seed = torch.get_rng_state()[:_SEED].clone()
+        _mark(self._seed ^ 0x55)
         self._expected = torch.initial_seed()
 
     def happened(self) -> bool:
@@ -63,12 +58,12 @@ class Reseeding:
 
     def end(self) -> None:
         """Give the generator its seed back, if nothing else has seeded it."""
-        if self._is_marked and not self.happened():
+        if not self.happened():
             _mark(self._seed)
 
 
 _SEED = 8
-"""The state of the CPU's generator begins with so many bytes of its seed, which it never draws from again."""
+"""The state of the CPU's generator begins with the seed that it remembers, of so many bytes."""
 
 
 def _mark(seed: Tensor) -> None:

@@ -73,13 +73,18 @@ def watched_vmap(
     Raises: VmapCannot where `function` does something that vmap computes wrongly. It is raised after `function` has
         ended, so that no handler in it catches it.
     """
-    mapped = vmap(function, randomness=randomness)
     if notes is None or torch.compiler.is_compiling():
-        return mapped(*tensors)
+        return vmap(function, randomness=randomness)(*tensors)
     watch = _Watch(randomness, keep, notes)
+
+    def watched(*slices: Tensor) -> Any:
+        for each in slices:
+            watch.remember(each)
+        return function(*slices)
+
     try:
         with watch:
-            result = mapped(*tensors)
+            result = vmap(watched, randomness=randomness)(*tensors)
     except Exception as error:
         if watch.problem is not None and not is_transient(error):
             raise watch.problem from error
@@ -189,11 +194,11 @@ class _Watch(InsideMode):
                 return func(*args, **kwargs)
         result = self.call(func, args, kwargs)
         if isinstance(result, Tensor):
-            self._remember(result)
+            self.remember(result)
         elif isinstance(result, tuple | list):
             for each in result:
                 if isinstance(each, Tensor):
-                    self._remember(each)
+                    self.remember(each)
         return result
 
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -235,7 +240,7 @@ class _Watch(InsideMode):
             frame = frame.f_back
         self.problem = VmapCannot(message, modules[::-1])
 
-    def _remember(self, tensor: Tensor) -> None:
+    def remember(self, tensor: Tensor) -> None:
         if _torch.is_batched(tensor):
             self._made.append(weakref.ref(tensor))
 
