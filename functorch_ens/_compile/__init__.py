@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
 from functools import partial
+from pathlib import Path
+from sysconfig import get_path
 from typing import Any, Protocol
 
 import torch
@@ -196,7 +199,9 @@ class Compiled:
         """Plain autograd after a compiled objective, and the result."""
         total = torch.compile(with_own_code(self._objective.total), **options)
         compiled = partial(self._objective.by_autograd, total)
-        return compiled, compiled(*arguments)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it
+            return compiled, compiled(*arguments)
 
 
 class _Disagrees(Exception):
@@ -216,6 +221,7 @@ def _is_of_others(error: Exception) -> bool:
 _NOT_ONE_GRAPH = ("Unsupported", "UserError", "TorchRuntimeError")
 """Dynamo's errors about what it traces. Without our extras it traces the same."""
 
+_LIBRARIES = tuple({get_path(name) for name in ("stdlib", "purelib", "platlib")} | {str(Path(__file__).parents[1])})
 _PLACE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
@@ -223,5 +229,6 @@ def _first_line(error: Exception) -> str:
     """What an error of the compiler says, with the user's line that Dynamo names."""
     text = str(getattr(error, "inner_exception", error)).strip()
     places = _PLACE.findall(text.partition("from user code")[2])
+    places = [place for place in places if not place[0].startswith(_LIBRARIES)] or places
     where = f" ({places[-1][0]}, line {places[-1][1]}, in {places[-1][2]})" if places else ""
     return text.partition("\n")[0] + where
