@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,12 @@ def plain_loop(
 
 
 def with_weights(model: nn.Module, weights: Weights, buffers: Weights) -> nn.Module:
-    """A copy of `model` in which `weights`, as they are in the autograd graph, stand for its parameters for good."""
+    """A copy of `model` in which `weights`, as they are in the autograd graph, stand for its parameters for good.
+
+    The hooks of the model's parameters are on them.
+    """
+    hooks = {name: parameter._backward_hooks for name, parameter in model.named_parameters()}
+    weights = {name: _hooked(weight, hooks.get(name)) for name, weight in weights.items()}
     memo: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), False) for parameter in model.parameters()}
     for module in model.modules():  # torch copies no tensor that has a history, as old weight_norm keeps one
         memo |= {id(value): value.detach().clone() for value in vars(module).values() if isinstance(value, Tensor)}
@@ -59,6 +64,15 @@ def with_weights(model: nn.Module, weights: Weights, buffers: Weights) -> nn.Mod
             if buffer is not None and kept[id(buffer)] in buffers:
                 module._buffers[leaf] = buffers[kept[id(buffer)]]
     return member
+
+
+def _hooked(weight: Tensor, hooks: Mapping[int, Callable[[Tensor], Tensor | None]] | None) -> Tensor:
+    if not hooks or not weight.requires_grad:
+        return weight
+    weight = weight.view_as(weight)
+    for hook in hooks.values():
+        weight.register_hook(hook)
+    return weight
 
 
 def combined(output: Any) -> Tensor | None:
