@@ -1,7 +1,8 @@
 """Which models become ensembles, and how: every layer of torch.nn, ways to write a model, all of torchvision.
 
 Each model is tried as a classic ensemble and as a BatchEnsemble, in eval and in training mode. Outputs, new buffers and
-gradients must equal those of a plain Python loop over E ordinary networks with the members' weights.
+gradients must equal those of a plain Python loop over E ordinary networks with the members' weights: the gradients by
+`.backward()` through the forward, and those of a train step, which is not compiled.
 
     python benchmarks/model_coverage.py                      everything; some hours on two cores
     python benchmarks/model_coverage.py --family nn written  a few minutes
@@ -30,15 +31,16 @@ from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from measure import write_json
-from plain import combined, opened, plain_loop
+from plain import combined, member_loss, opened, plain_members, stacked
+from sample import Sample
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
-from zoo import FAMILIES, Case, Sample, cases, exact
+from zoo import FAMILIES, Case, cases, exact
 
 import functorch_ens as fe
 from functorch_ens.tables import aligned
@@ -148,6 +150,17 @@ def _attempt_all(case: Case, E: int, send: Connection) -> None:
         gc.collect()
 
 
+class Plain(NamedTuple):
+    """What ordinary modules compute."""
+
+    results: Any
+    """Outputs and new buffers."""
+    backward: list[Tensor]
+    """The gradients of `combined` outputs."""
+    step: list[Tensor] | None
+    """The gradients of the summed losses of the members; None where there is nothing to train, or no loss of it."""
+
+
 class Trial:
     """One model as one `kind` of ensemble in one `mode`."""
 
@@ -159,24 +172,58 @@ class Trial:
         self.params = ensemble(self.model, kind, E)
         self.buffers = fe.ensemble_buffers(self.model, E)
 
-    def plain(self, shaken: bool = False) -> Any:
-        """The outputs and new buffers of a loop over ordinary modules; with inputs `shaken` by a unit of rounding."""
+    def plain(self, shaken: bool = False) -> Plain:
+        """What a loop over ordinary modules finds; with inputs `shaken` by a unit of rounding."""
         weights = [fe.member_params(self.model, self.params, i) for i in range(self.params.E)]
         args, kwargs = pytree.tree_map(_shaken, (self.args, self.kwargs)) if shaken else (self.args, self.kwargs)
-        return plain_loop(self.model, weights, self.buffers, args, kwargs, seed=1)
+        outputs, buffers = plain_members(self.model, weights, self.buffers, args, kwargs, seed=1)
+        results = stacked(outputs, buffers)
+        shapes = {tuple(leaf.shape for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)) for out in outputs}
+        loss = torch.stack([member_loss(output) for output in outputs]).sum()
+        backward = self.gradients(combined(results[0]), again=True)
+        # A loss takes tensors [E, ...], which the members' outputs are not where they differ in shape.
+        step = self.gradients(loss) if loss.requires_grad and self.trained and len(shapes) == 1 else None
+        # What a graph holds would not fit in twice.
+        return Plain(pytree.tree_map_only(Tensor, Tensor.detach, results), backward, step)
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters in which there are gradients; of a large model, a part of them is compared."""
+        every = {name: x for group in self.params for name, x in group.items() if x.requires_grad}
+        return dict(list(every.items())[::8]) if self.part else every
 
     def run(self, forward: fe.Forward) -> Any:
         """The outputs and new buffers of `forward`."""
         torch.manual_seed(1)
         return forward(self.params, *self.args, buffers=self.buffers, **self.kwargs)
 
-    def gradients(self, output: Any) -> list[Tensor]:
-        return gradients(output, self.params, self.part)
+    def gradients(self, total: Tensor | None, again: bool = False) -> list[Tensor]:
+        """The gradients of `total` in what is trained; `again`: others are asked for later."""
+        trained = list(self.trained.values())
+        if total is None:
+            return []
+        if self.part:
+            found: Any = torch.autograd.grad(total, trained, allow_unused=True, retain_graph=again)
+        else:  # reentrant checkpointing knows this way alone
+            total.backward(retain_graph=again)
+            found = [tensor.grad for tensor in trained]
+            for tensor in trained:
+                tensor.grad = None
+        return [torch.zeros(()) if g is None else g.to_dense() if g.is_sparse else g for g in found]
+
+    def train_step(self, forward: fe.Forward) -> list[Tensor]:
+        """The gradients of a train step of `forward`."""
+        optimizer = torch.optim.SGD(self.trained.values())
+        step = fe.make_train_step(forward, member_loss, optimizer, compile=False)
+        torch.manual_seed(1)
+        target = torch.zeros(())
+        found = step.gradients(self.params, *self.args, target, buffers=self.buffers, **self.kwargs).gradients
+        return [found[name] for name in self.trained]
 
     def step(self, forward: fe.Forward) -> None:
         """What is timed: a gradient in training mode, a forward alone in eval mode."""
         if self.mode == "train":
-            self.gradients(self.run(forward))
+            self.gradients(combined(self.run(forward)[0]))
         else:
             with torch.no_grad():
                 self.run(forward)
@@ -199,44 +246,68 @@ def attempt(kind: str, mode: str, E: int, single: Sample, double: Callable[[], S
     if auto.strategy == "vmap":
         result["ratio"] = _ratio(lambda: trial.step(auto), lambda: trial.step(loop))
 
-    strategies = list(dict.fromkeys([auto.strategy, *([] if trial.part else ["loop"])]))
     wrong: str | None = "not compared yet"
     if trial.part:
-        wrong = _compare(trial, trial.plain(), strategies, result)
+        wrong = _compare(trial, trial.plain(), result)
     if wrong and _parameters(single.model) < _HUGE:
         precise = Trial(double(), kind, mode, E)
         try:
             want, noise = precise.plain(), False
         except Exception:  # some models compute in float32 inside, whatever they are given
             precise, want, noise = trial, trial.plain(), True
-        wrong = _compare(precise, want, strategies, result, noise)
+        wrong = _compare(precise, want, result, noise)
     elif wrong:
-        wrong = _compare(trial, trial.plain(), strategies, result, noise=True)
+        wrong = _compare(trial, trial.plain(), result, noise=True)
     return {**result, "by": "fails", "reason": wrong} if wrong else result
 
 
-def _compare(trial: Trial, want: Any, strategies: list[str], result: dict[str, Any], noise: bool = False) -> str | None:
+def _compare(trial: Trial, want: Plain, result: dict[str, Any], noise: bool = False) -> str | None:
     """What differs from `want`, the plain loop's, beyond rounding, if anything; how much goes to `result`.
 
     With `noise`, the tolerance is no less than what rounding does to this model, as far as the plain loop itself tells.
     """
-    want_gradients = trial.gradients(want)
-    want = pytree.tree_map_only(Tensor, Tensor.detach, want)  # what a graph holds would not fit in twice
     tolerance = max(_TOLERANCE[t.dtype] for t in trial.params.stacked.values() if t.dtype in _TOLERANCE)
     if noise:
         other = trial.plain(shaken=True)
-        moved = max(difference(other, want), difference(trial.gradients(other), want_gradients))
+        moved = max(difference(a, b) for a, b in zip(other, want, strict=True) if a is not None and b is not None)
         del other
         result["moved by a rounding of the input"] = moved
         tolerance = max(tolerance, _ROUNDINGS * moved if math.isfinite(moved) else 0.0)
+    wrong = []
+    strategies = ("auto",) if trial.part else ("auto", "loop")
     for strategy in strategies:
         # "same": one noise for all members, so that dropout can be compared with the loop's.
-        got = trial.run(fe.make_forward(trial.model, strategy=strategy, randomness="same"))
-        errors = difference(got, want), difference(trial.gradients(got), want_gradients)
-        result[f"error, {strategy}"] = max(errors)
+        forward = fe.make_forward(trial.model, strategy=strategy, randomness="same")
+        got = trial.run(forward)
+        errors = difference(got, want.results), difference(trial.gradients(combined(got[0])), want.backward)
+        del got
+        if strategy == "auto" and forward.strategy != result["by"]:
+            result |= {"by": forward.strategy, "reason": forward.reason}  # without gradients it took another
+            result.pop("ratio", None)
+        result[f"error, {forward.strategy}"] = max(errors)
         if not max(errors) <= tolerance:
-            return f"{strategy}: differs from the loop by {errors[0]:.1g} in outputs, {errors[1]:.1g} in gradients"
-    return None
+            wrong.append(
+                f"{strategy}: differs from the loop by {errors[0]:.1g} in outputs, {errors[1]:.1g} in gradients"
+            )
+    result["step"] = "not compared"
+    if want.step is None:
+        return wrong[0] if wrong else None
+    worst = 0.0
+    for strategy in strategies:
+        forward = fe.make_forward(trial.model, strategy=strategy, randomness="same")
+        try:
+            worst = max(worst, difference(trial.train_step(forward), want.step))
+        except Exception as error:
+            wrong.append(f"train step, {strategy}: {type(error).__name__}: {error}".partition("\n")[0])
+            result["step"] = "fails"
+            continue
+        if not worst <= tolerance:
+            wrong.append(f"train step, {strategy}: differs from the loop by {worst:.1g} in gradients")
+            result["step"] = "fails"
+        elif strategy == "auto":
+            result["step"] = forward.strategy
+    result["error, step"] = worst
+    return wrong[0] if wrong else None
 
 
 def _shaken(value: Any) -> Any:
@@ -263,24 +334,6 @@ def ensemble(model: nn.Module, kind: str, E: int) -> fe.EnsembleParams:
             for i, own in enumerate(stack):
                 own.copy_(own.flatten().roll(i).reshape(own.shape) * (1 + 0.1 * i))
     return params
-
-
-def gradients(output: Any, params: fe.EnsembleParams, part: bool) -> list[Tensor]:
-    """The gradient, in all parameters or a part of them, of a fixed random combination of the outputs."""
-    trained = [tensor for group in params for tensor in group.values() if tensor.requires_grad]
-    if part:
-        trained = trained[::8]
-    total = combined(output[0])
-    if total is None:
-        return []
-    if part:
-        found: Any = torch.autograd.grad(total, trained, allow_unused=True)
-    else:  # reentrant checkpointing knows this way alone
-        total.backward()
-        found = [tensor.grad for tensor in trained]
-        for tensor in trained:
-            tensor.grad = None
-    return [torch.zeros(()) if g is None else g.to_dense() if g.is_sparse else g for g in found]
 
 
 def difference(got: Any, want: Any) -> float:
@@ -330,16 +383,23 @@ def report(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     if others:
         parts.append("Not by vmap\n" + "\n".join(f"  {name}\n    {reason}" for name, reason in others.items()))
     families = dict.fromkeys(name.partition("/")[0] for name in results)
-    totals = [["family", "models", "runs", "vmap", "loop", "refused", "fails", "median ratio", "slowest ratio"]]
+    totals = [
+        ["family", "models", "runs", "vmap", "loop", "refused", "fails", "steps", "steps fail", "median", "slowest"]
+    ]
     for family in [*families, "all"] if len(families) > 1 else families:
         mine = [found for name, found in results.items() if family in ("all", name.partition("/")[0])]
         every = [run for found in mine for run in found.values()]
         count = Counter(run["by"] for run in every)
         ratios = [run["ratio"] for run in every if "ratio" in run]
+        steps = Counter(run.get("step", "not compared") for run in every)
         numbers = [len(mine), len(every), *(count[by] for by in ("vmap", "loop", "refused", "fails"))]
+        numbers += [steps.total() - steps["not compared"], steps["fails"]]
         spread = [f"{median(ratios):.2f}", f"{max(ratios):.2f}"] if ratios else ["-", "-"]
         totals.append([family, *map(str, numbers), *spread])
-    parts.append("Totals (refused: the model itself cannot do it, in any loop)\n\n" + aligned(totals))
+    parts.append(
+        "Totals (refused: the model itself cannot do it, in any loop; steps: runs whose train step was compared too; "
+        "median, slowest: the time by vmap over the loop's)\n\n" + aligned(totals)
+    )
     return "\n\n".join(parts)
 
 

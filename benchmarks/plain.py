@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,19 @@ def plain_loop(
     kwargs: Mapping[str, Any],
     seed: int | None = None,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The outputs and new buffers, stacked, of a copy of `model` with each of the `weights`.
+    """The outputs and new buffers of `plain_members`, stacked."""
+    return stacked(*plain_members(model, weights, buffers, args, kwargs, seed))
+
+
+def plain_members(
+    model: nn.Module,
+    weights: Sequence[Weights],
+    buffers: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    seed: int | None = None,
+) -> tuple[list[Any], list[dict[str, Tensor]]]:
+    """The outputs, and the new buffers, of a copy of `model` with each of the `weights`.
 
     Args:
         model: is only read.
@@ -35,13 +47,22 @@ def plain_loop(
             torch.manual_seed(seed)
         member = with_weights(model, own, {name: stack[i].clone() for name, stack in buffers.items()})
         outputs.append(pytree.tree_map(opened, member(*args, **kwargs)))
-        new.append(dict(member.named_buffers()))
-    output = pytree.tree_map(_stack, *outputs)
-    return output, {name: torch.stack([each[name] for each in new]) for name in buffers}
+        new.append({name: buffer for name, buffer in member.named_buffers() if name in buffers})
+    return outputs, new
+
+
+def stacked(outputs: list[Any], buffers: list[dict[str, Tensor]]) -> tuple[Any, dict[str, Tensor]]:
+    """The members' outputs and buffers, each tensor as `[E, ...]`, or as a list of E where their shapes differ."""
+    return pytree.tree_map(_stack, *outputs), {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
 
 
 def with_weights(model: nn.Module, weights: Weights, buffers: Weights) -> nn.Module:
-    """A copy of `model` in which `weights`, as they are in the autograd graph, stand for its parameters for good."""
+    """A copy of `model` in which `weights`, as they are in the autograd graph, stand for its parameters for good.
+
+    The hooks of the model's parameters are on them.
+    """
+    hooks = {name: parameter._backward_hooks for name, parameter in model.named_parameters()}
+    weights = {name: _hooked(weight, hooks.get(name)) for name, weight in weights.items()}
     memo: dict[int, Any] = {id(parameter): nn.Parameter(parameter.detach(), False) for parameter in model.parameters()}
     for module in model.modules():  # torch copies no tensor that has a history, as old weight_norm keeps one
         memo |= {id(value): value.detach().clone() for value in vars(module).values() if isinstance(value, Tensor)}
@@ -61,6 +82,15 @@ def with_weights(model: nn.Module, weights: Weights, buffers: Weights) -> nn.Mod
     return member
 
 
+def _hooked(weight: Tensor, hooks: Mapping[int, Callable[[Tensor], Tensor | None]] | None) -> Tensor:
+    if not hooks or not weight.requires_grad:
+        return weight
+    weight = weight.view_as(weight)
+    for hook in hooks.values():
+        weight.register_hook(hook)
+    return weight
+
+
 def combined(output: Any) -> Tensor | None:
     """A fixed random combination of all that has a gradient in `output`: a number to differentiate; None of nothing."""
     leaves = [leaf for leaf in pytree.tree_leaves(pytree.tree_map(opened, output)) if isinstance(leaf, Tensor)]
@@ -71,6 +101,17 @@ def combined(output: Any) -> Tensor | None:
         if leaf.requires_grad
     ]
     return torch.stack(terms).sum() if terms else None
+
+
+def member_loss(output: Any, target: Tensor | None = None) -> Tensor:
+    """A fixed combination of all numbers in the `output` of one member: a loss that needs no target."""
+    leaves = [leaf for leaf in pytree.tree_leaves(pytree.tree_map(opened, output)) if isinstance(leaf, Tensor)]
+    terms = [
+        (leaf * torch.arange(leaf.numel()).to(leaf).cos().reshape(leaf.shape)).sum().real.double()
+        for leaf in leaves
+        if leaf.is_floating_point() or leaf.is_complex()
+    ]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
 def opened(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from zoo import DirectAccess, Matrices, Residual, Tied, shared_layer
+from zoo_written import DirectAccess, Matrices, Residual, Tied, shared_layer
 
 sizes = st.integers(1, 4)
 members = st.integers(1, 4)

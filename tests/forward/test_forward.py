@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from oracle import assert_same, assert_untouched, both_kinds, compile_whole, gradients, loop, snapshot
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value
-from zoo import Residual
+from zoo_written import Residual
 
 import functorch_ens as fe
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracle import TOLERANCE, assert_same, both_kinds, gradients, loop
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from zoo import Matrices
+from zoo_written import Matrices
 
 import functorch_ens as fe
 from functorch_ens import anatomy, layers

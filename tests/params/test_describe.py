@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cases import MODELS, model_case
 from torch import Tensor, nn
-from zoo import Tied
+from zoo_written import Tied
 
 import functorch_ens as fe
 from functorch_ens.layers.weight import Rank1

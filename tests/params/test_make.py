@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import assert_same, assert_untouched, loop, snapshot, tensors_of
 from torch import Tensor, nn
 from torchvision.models import resnet18
-from zoo import Matrices, Tied
+from zoo_written import Matrices, Tied
 
 import functorch_ens as fe
 

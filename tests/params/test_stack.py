@@ -15,7 +15,7 @@ from oracle import assert_same, assert_untouched, gradients, loop, member_weight
 from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
-from zoo import Tied
+from zoo_written import Tied
 
 import functorch_ens as fe
 
