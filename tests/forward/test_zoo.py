@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
     # torch says of an operator without a derivative of its own that its kernel is differentiated.
-    pytest.mark.filterwarnings("ignore:functorch_ens_zoo::triple"),
+    pytest.mark.filterwarnings("ignore:functorch_ens_zoo"),
 ]
 
 
