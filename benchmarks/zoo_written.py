@@ -494,7 +494,10 @@ class Calls(Two):
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.between = function  # type: ignore[method-assign]
+        self.function = function
+
+    def between(self, hidden: Tensor) -> Tensor:
+        return self.function(hidden)
 
 
 class FilledIndex(Two):

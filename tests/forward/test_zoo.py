@@ -10,9 +10,11 @@ import torch
 from cases import random_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_same, assert_untouched, both_kinds, gradients_of, loop, snapshot
+from oracle import assert_same, assert_untouched, both_kinds, gradients_of, loop, member_weights, snapshot, tensors_of
+from plain import member_loss, plain_members
+from sample import Sample
 from torch import Tensor, nn
-from zoo import NOT_LAYERS, Case, Sample, cases, exact, torchvision_names
+from zoo import NOT_LAYERS, Case, cases, exact, torchvision_names
 
 import functorch_ens as fe
 
@@ -20,6 +22,8 @@ pytestmark = [
     # Dynamo reads the .grad of every tensor that it wraps.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    # torch says of an operator without a derivative of its own that its kernel is differentiated.
+    pytest.mark.filterwarnings("ignore:functorch_ens_zoo"),
 ]
 
 
@@ -55,6 +59,26 @@ def _check(
     return forwards
 
 
+def _check_step(sample: Sample, params: fe.EnsembleParams) -> None:
+    """Compare the gradients of a train step, not compiled, with those of the plain loop's summed losses."""
+    model, args, kwargs = sample
+    buffers = fe.ensemble_buffers(model, params.E)
+    trained = {name: tensor for name, tensor in tensors_of(params).items() if tensor.requires_grad}
+    forward = fe.make_forward(model, randomness="same")
+    step = fe.make_train_step(forward, member_loss, torch.optim.SGD(trained.values()), compile=False)
+    torch.manual_seed(1)
+    found = step.gradients(params, *args, torch.zeros(()), buffers=buffers, **kwargs)
+    weights = [member_weights(model, params, i) for i in range(params.E)]
+    outputs, _ = plain_members(model, weights, buffers, args, kwargs, seed=1)
+    losses = torch.stack([member_loss(output) for output in outputs])
+    assert_same(found.losses, losses.detach().to(found.losses))
+    losses.sum().backward()  # autograd.grad() fails with reentrant checkpointing
+    want = {name: torch.zeros_like(x) if x.grad is None else x.grad.to_dense() for name, x in trained.items()}
+    for tensor in trained.values():
+        tensor.grad = None
+    assert_same(found.gradients, want)
+
+
 # The models of the zoo that `strategy="auto"` runs one member after another. It runs all others by vmap.
 _BY_LOOP = (
     "RNN",
@@ -66,6 +90,21 @@ _BY_LOOP = (
     "data-dependent control flow",
     "hooks",
     "spectral_norm, old",
+    "scales a gradient",
+    "scales a gradient, in a forward hook",
+    "set_grad_enabled by a weight",
+    "detaches what has no grad_fn",
+    "detaches leaves",
+    "retain_grad",
+    "a hook on a weight",
+    "forces",
+    "autograd.Function, old",
+    "autograd.Function, new",
+    "index_fill, a member's number",
+    "select_scatter, a member's column",
+    "pow_ by a tensor",
+    "fork_rng, manual_seed, rand_like",
+    "fork_rng, manual_seed, dropout",
 )
 
 
@@ -78,6 +117,7 @@ def test_every_model_equals_the_plain_loop(case: Case, train: bool) -> None:
     kinds = both_kinds(model, 3)
     for params in kinds:
         _check(sample, params, {"strategy": "auto"}, {"strategy": "loop"})
+        _check_step(sample, params)
     if train:
         forward = fe.make_forward(model)  # with its default, random numbers that differ between members
         forward(kinds[0], *args, buffers=fe.ensemble_buffers(model, 3), **kwargs)
