@@ -117,9 +117,11 @@ class Call:
         """What decides what the model does, as far as it can be known without its values; None where more may."""
         tensors = [*self.members.shared.values(), *self.members.stacked.values(), *self.members.inputs]
         constants = tuple(value for value in self._arguments.values if value is not ...)
+        shapes = tuple((*x.shape, x.dtype) for x in self.members.inputs)
+        if any(isinstance(size, torch.SymInt) for shape in shapes for size in shape):
+            return None
         if not all(value is None or isinstance(value, bool | int | float | str) for value in constants):
             return None
-        shapes = tuple((x.shape, x.dtype) for x in self.members.inputs)
         flags = tuple(x.requires_grad for x in tensors)
         return torch.is_grad_enabled(), tuple(self.modes), flags, shapes, constants
 

@@ -150,7 +150,7 @@ def _own(call: Call, members: Members) -> list[Tensor]:
 
 def _stack(leaves: list[Tensor]) -> Any:
     """One output of every member: `[k, ...]`, or a list where the members' shapes differ."""
-    return torch.stack(leaves) if len({leaf.shape for leaf in leaves}) == 1 else leaves
+    return torch.stack(leaves) if all(leaf.shape == leaves[0].shape for leaf in leaves) else leaves
 
 
 _FACTORIES: frozenset[Callable[..., Any]] = frozenset(

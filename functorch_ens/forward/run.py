@@ -30,6 +30,6 @@ def run(call: Call, plan: Plan) -> Returned:
 
 def _join(parts: list[Any]) -> Any:
     """One output of every chunk: `[E, ...]`, or a list of E where the members' shapes differ."""
-    if all(isinstance(part, Tensor) for part in parts) and len({part.shape[1:] for part in parts}) == 1:
+    if all(isinstance(part, Tensor) for part in parts) and all(part.shape[1:] == parts[0].shape[1:] for part in parts):
         return torch.cat(parts)
     return [leaf for part in parts for leaf in part]

@@ -62,7 +62,12 @@ def _is_choice(x: Tensor, own: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    return x.numel() >= FEW and is_batched(own) and not is_batched(x)
+    return not _is_less(x.numel(), FEW) and is_batched(own) and not is_batched(x)
+
+
+def _is_less(size: int, other: int) -> bool:
+    """`size < other`; False where `size` is a symbol, so that a graph for all sizes gets no guard on it."""
+    return not isinstance(size, torch.SymInt) and size < other
 
 
 def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
@@ -77,7 +82,7 @@ def _product_of_members(info: Any, in_dims: tuple[int | None, ...], x: Tensor, w
     vector = x.ndim == (1 if x_dim is None else 2)
     if vector:
         x = rearrange(x, "... i -> ... 1 i")
-    if x.shape[-2] < max(weight.shape[1:]):
+    if _is_less(x.shape[-2], max(weight.shape[1:])):
         # Few rows: with the rows as columns, [E, O, I] x [I, B], the gradient of the weight is contiguous already.
         y = rearrange(weight @ x.mT, "e o b -> e b o").contiguous()
     elif x_dim is not None:
@@ -120,7 +125,7 @@ def _scaled_of_members(
     # With a shared x, scale the smaller of x and W: scaling makes E copies of it. Scaling W also saves a product in the
     # backward pass: with a scaled x, the gradient of `s` alone would need the gradient of that x. With a stacked x,
     # scaling it makes no copies, the backward pass needs its gradient anyway, and W stays shared.
-    if side == "auto" and x_dim is None and s_dim is not None and shape.numel() <= x.numel():
+    if side == "auto" and x_dim is None and s_dim is not None and not _is_less(x.numel(), shape.numel()):
         return (x, Layout(groups, transposed).multiplied(weight, s=own, spatial=spatial)), (None, 0)
     if x_dim is not None:
         x = x.movedim(x_dim, 0)

@@ -134,7 +134,7 @@ class MemberLosses:
             return _by_loop(of_one, tensors)
         if torch.compiler.is_compiling():
             return vmap(of_one, randomness="different")(*tensors)
-        situation = (torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in tensors))
+        situation = torch.is_grad_enabled(), *((str(x.shape), x.dtype, x.requires_grad) for x in tensors)
         notes = None if situation in self._unwatched else Notes()
         before = RandomState.of(tensors)
         try:
