@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -191,6 +191,13 @@ def version(tensor: Tensor) -> int:
     """The version counter of `tensor`, which every write in place raises. Fallback: 0, so that no write is noticed."""
     found: int = getattr(tensor, "_version", 0)
     return found
+
+
+def has_symbolic_sizes(tensors: Iterable[Tensor]) -> bool:
+    """Whether a compiler traces one of `tensors` with a symbol for one of its sizes. Dynamo can trace the question."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # not at the top: it imports sympy
+
+    return any(not has_static_value(size) for tensor in tensors for size in tensor.shape)
 
 
 # --------------------------------------------------------------------------------------------------------------------

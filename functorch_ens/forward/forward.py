@@ -21,7 +21,7 @@ from functorch_ens.forward.watch import VmapCannot, first_line, is_of_vmap, is_t
 from functorch_ens.layers.conv import CONVOLUTION
 from functorch_ens.layers.norm import RUNNING_NORM
 from functorch_ens.layers.operators import SIDES
-from functorch_ens.layers.registry import obstacle
+from functorch_ens.layers.registry import obstacle, takes_any_size
 from functorch_ens.params.pytree import EnsembleParams, check_buffers, check_params
 from functorch_ens.rng import RandomState
 
@@ -95,6 +95,7 @@ class Forward:
         self._norms = list(anatomy.instances(RUNNING_NORM).items())
         self.member_inputs = member_inputs
         self._is_free = strategy == "auto"
+        self._takes_any_size = takes_any_size(anatomy)
         self._may_be_wrong = may_be_wrong(anatomy.modules.values())
         self._has_computed = False
         self._unwatched: set[Hashable] = set()
@@ -125,8 +126,11 @@ class Forward:
         E = self.check(params, buffers)
         call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs, self._unwatched)
         if torch.compiler.is_compiling():
+            plan = self.compiled_plan(params)
+            if not self._takes_any_size and _torch.has_symbolic_sizes(call.members.inputs):
+                plan = plan.for_any_size()
             with call.replay():
-                return call.result(run(call, self.compiled_plan(params)))
+                return call.result(run(call, plan))
         with call.replay():
             try:
                 return self._compute(call)

@@ -53,6 +53,10 @@ class Plan(ABC):
         """The plan to compile on a CPU if convolution weights are stacked."""
         return self
 
+    def for_any_size(self) -> Plan:
+        """The plan to compile for inputs of all sizes, where vmap would make a graph for each."""
+        return self
+
 
 class Vmap(Plan):
     """All members at once, by `torch.func.vmap`."""
@@ -67,6 +71,9 @@ class Vmap(Plan):
 
     def for_own_convolutions(self) -> Plan:
         # vmap makes them one grouped convolution, which is slow on CPUs, and their norms more passes over memory.
+        return Loop(self.randomness, self.chunk_size)
+
+    def for_any_size(self) -> Plan:
         return Loop(self.randomness, self.chunk_size)
 
     def _mapped(self, function: Callable[..., Any], own: list[Tensor], members: Members, call: Call) -> Returned:

@@ -165,6 +165,23 @@ def obstacle(anatomy: Anatomy) -> str | None:
     return None
 
 
+_TAKE_ANY_SIZE = (
+    *(nn.Linear, nn.Identity, nn.Flatten, nn.Unflatten, nn.RMSNorm, nn.PReLU),
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid),
+    *(nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Softmax, nn.LogSoftmax, nn.Dropout),
+)
+
+
+def takes_any_size(anatomy: Anatomy) -> bool:
+    """Whether one graph by vmap serves inputs of all sizes, as far as the layers of torch.nn tell.
+
+    torch's rules of vmap for other layers read the sizes as numbers, so that each new size makes another graph.
+    """
+    leaves = [module for module in anatomy.modules.values() if not any(True for _ in module.children())]
+    return all(isinstance(leaf, _TAKE_ANY_SIZE) or not type(leaf).__module__.startswith("torch.nn") for leaf in leaves)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # A layer of a template
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
+from functorch_ens._torch import has_symbolic_sizes
 from functorch_ens.checks import check_of_members
 from functorch_ens.forward.watch import Notes, first_line, is_of_vmap, is_transient, watched_vmap
 from functorch_ens.rng import RandomState
@@ -130,9 +131,10 @@ class MemberLosses:
 
     def _computed(self, of_one: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
         """The losses of all members, by the strategy in use; and by the loop where vmap cannot serve the loss."""
-        if self.strategy == "loop":
+        compiling = torch.compiler.is_compiling()
+        if self.strategy == "loop" or (compiling and has_symbolic_sizes(tensors)):  # vmap makes a graph for each size
             return _by_loop(of_one, tensors)
-        if torch.compiler.is_compiling():
+        if compiling:
             return vmap(of_one, randomness="different")(*tensors)
         situation = torch.is_grad_enabled(), *((str(x.shape), x.dtype, x.requires_grad) for x in tensors)
         notes = None if situation in self._unwatched else Notes()
