@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -56,6 +56,7 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator_impl"): "models that checkpoint",
     ("torch.optim.optimizer", "_global_optimizer_pre_hooks"): _WHOLE_UPDATES,
     ("torch.optim.optimizer", "_global_optimizer_post_hooks"): _WHOLE_UPDATES,
+    ("torch._guards", "detect_fake_mode"): "make_fx with symbolic sizes traces the loop",
     ("torch.nn.modules.module", "_global_backward_hooks"): _PASSED_BY,
     ("torch.nn.modules.module", "_global_backward_pre_hooks"): _PASSED_BY,
     ("torch.nn.utils.parametrizations", "_SpectralNorm"): "spectral_norm in training is computed by the loop",
@@ -179,6 +180,14 @@ def saved_tensor_hooks_kept() -> Iterator[None]:
     finally:
         if _hooks_forbidden() != before:
             _allow_hooks() if before is None else _forbid_hooks(before)
+
+
+def is_traced(tensors: Sequence[Tensor]) -> bool:
+    """Whether a compiler or make_fx traces operations on `tensors`. Fallback: whether a compiler does."""
+    if torch.compiler.is_compiling():
+        return True
+    detect = _private["torch._guards", "detect_fake_mode"]
+    return detect is not None and detect(tensors) is not None
 
 
 def in_forward_mode() -> bool:

@@ -157,7 +157,7 @@ def gaussian_nll(outputs: Tensor, y: Tensor) -> Tensor:
         outputs: `[E, B, 2]`, a mean and the logarithm of a variance.
         y: `[B]`, the targets, floating.
 
-    Returns: a scalar.
+    Returns: a scalar; inf where the density of an input rounds to 0.
 
     Raises:
         TypeError: `outputs` or `y` is not a floating tensor.
@@ -173,23 +173,23 @@ def gaussian_nll(outputs: Tensor, y: Tensor) -> Tensor:
         )
     if shows_values(y) and not bool(y.detach().isfinite().all()):
         raise ValueError("y: expected finite numbers, got nan or inf")
-    mean, log_variance = outputs.unbind(-1)
-    log_density = -0.5 * (_squared_error(y - mean, log_variance) + log_variance + math.log(2 * math.pi))
-    return (math.log(len(outputs)) - log_density.logsumexp(0)).mean()
+    mean, log_variance = outputs.to(torch.promote_types(outputs.dtype, y.dtype)).unbind(-1)
+    return (math.log(len(outputs)) - _log_density(mean, log_variance, y).logsumexp(0)).mean()
 
 
-def _squared_error(error: Tensor, log_variance: Tensor) -> Tensor:
-    """`error**2 / variance`; infinite where that is too large, and then without a gradient: the density is 0.
-
-    1 / variance alone may be infinite. The error is multiplied by roots of it, which are not, and an error of 0 by 1.
-    """
-    largest = math.log(torch.finfo(error.dtype).max)
-    with torch.no_grad():
-        too_large = 2 * error.abs().log() - log_variance > largest
-        given = ~too_large & (error != 0)
-    root = torch.where(given, -log_variance / 4, 0).exp()
-    square = (torch.where(too_large, 0, error) * root * root).square()
-    return torch.where(too_large, torch.inf, square)
+def _log_density(mean: Tensor, log_variance: Tensor, y: Tensor) -> Tensor:
+    """The logarithm of a Gaussian density; -inf, with the gradient 0, where the square of the distance overflows."""
+    info = torch.finfo(mean.dtype)
+    # Far below the log variance at which the square of the smallest distance overflows.
+    lowest = 2 * math.log(info.smallest_normal * info.eps) - math.log(info.max) - 8
+    exponent = log_variance.clamp(min=lowest) / -2
+    # exp(exponent) overflows long before the square does. So it is two factors, and one of them counts as a constant.
+    half = exponent.detach() / 2
+    constant, root = half.exp() / 2, (exponent - half).exp()
+    distance = y - mean
+    far = ~(distance * constant * root).square().isfinite()
+    quarter = (distance.masked_fill(far, 0) * constant * root).square()  # 0 first: the gradient would be 0 times inf
+    return (-2 * quarter - 0.5 * (log_variance + math.log(2 * math.pi))).masked_fill(far, -math.inf)
 
 
 def selective_accuracy(logits: Tensor, y: Tensor, *, score: Tensor | None = None) -> SelectiveAccuracy:

@@ -14,7 +14,10 @@ from functorch_ens._torch import pytree
 Tree = TypeVar("Tree")
 
 # Leaves that an output may hold besides tensors, because they are the same for every member.
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(...))
+_CONSTANTS = (
+    *(type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(...)),
+    *(torch.SymInt, torch.SymFloat, torch.SymBool),  # sizes, while torch.export traces
+)
 
 
 def members(tree: Tree, rows: int | slice | list[int]) -> Tree:

@@ -104,6 +104,34 @@ def test_gaussian_nll_is_that_of_scipys_mixture(E: int, B: int, seed: int) -> No
     _close(gaussian_nll(outputs[:1], y), one)
 
 
+@pytest.mark.parametrize("log_variance", [-5000.0, -280.0, -120.0, -89.0, 0.0, 89.0, 120.0, 5000.0])
+@pytest.mark.parametrize("distance", [0.0, 1e-45, 1e-30, 1e-15, 0.1, 1e12])
+@pytest.mark.parametrize("other", [None, 1.0, -100.0, 100.0])
+def test_a_density_in_float32_is_that_of_more_digits(log_variance: float, distance: float, other: float | None) -> None:
+    """Far log variances: the exponential of their negative is not finite in float32, and the density often is."""
+    log_variances = [log_variance] if other is None else [log_variance, other]
+    outputs = torch.tensor([[[0.0, each]] for each in log_variances], requires_grad=True)
+    y = torch.tensor([distance])
+    got = gaussian_nll(outputs, y)
+    slopes = torch.autograd.grad(got, outputs)[0][:, 0]
+    assert not slopes.isnan().any()
+    # A square of less than 1e-700 or more than 1e700 is 0 or too much, in float32 too.
+    logarithm = [2 * math.log(y.item()) - each if y.item() else -math.inf for each in log_variances]
+    squares = [math.exp(min(each, 700)) for each in logarithm]
+    densities = np.array([-0.5 * (a + b + math.log(2 * math.pi)) for a, b in zip(squares, log_variances, strict=True)])
+    want = math.log(len(densities)) - scipy.special.logsumexp(densities)
+    if want > 3.4e38:
+        assert got.item() == math.inf
+        return
+    assert got.item() == pytest.approx(want, rel=1e-4)
+    weights = scipy.special.softmax(densities)
+    assert slopes[:, 1].tolist() == pytest.approx(list(weights * (1 - np.array(squares)) / 2), rel=1e-3, abs=1e-6)
+    rates = [math.exp(min(0.5 * (a - b), 700)) for a, b in zip(logarithm, log_variances, strict=True)]
+    for got_slope, weight, rate in zip(slopes[:, 0].tolist(), weights, rates, strict=True):
+        if weight * rate < 3e38:
+            assert got_slope == pytest.approx(-weight * rate, rel=1e-3, abs=1e-6)
+
+
 def test_scores_of_half_precision_are_of_float32() -> None:
     logits, y = torch.randn(3, 8, 4).bfloat16(), torch.randint(4, (8,))
     for function in OF_LABELS.values():

@@ -102,9 +102,10 @@ class Call:
         self.member_inputs = member_inputs
         self.modes = template.modes()
         self._template = template
+        self.is_traced = _torch.is_traced(inputs)
         self.notes: Notes | None = None
         self._unwatched = unwatched
-        if not torch.compiler.is_compiling():
+        if not self.is_traced:
             self._situation = self._known_situation()
             self.notes = None if self._situation in unwatched else Notes()
         self._alone = nullcontext() if self.notes is None else Alone(self.notes)
@@ -118,8 +119,6 @@ class Call:
         tensors = [*self.members.shared.values(), *self.members.stacked.values(), *self.members.inputs]
         constants = tuple(value for value in self._arguments.values if value is not ...)
         shapes = tuple((*x.shape, x.dtype) for x in self.members.inputs)
-        if any(isinstance(size, torch.SymInt) for shape in shapes for size in shape):
-            return None
         if not all(value is None or isinstance(value, bool | int | float | str) for value in constants):
             return None
         flags = tuple(x.requires_grad for x in tensors)

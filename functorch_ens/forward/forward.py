@@ -7,7 +7,6 @@ from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from functorch_ens import _torch
@@ -125,7 +124,7 @@ class Forward:
         """Every member's output for the inputs `args` and `kwargs`, as `make_forward` describes."""
         E = self.check(params, buffers)
         call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs, self._unwatched)
-        if torch.compiler.is_compiling():
+        if call.is_traced:
             plan = self.compiled_plan(params)
             if not self._takes_any_size and _torch.has_symbolic_sizes(call.members.inputs):
                 plan = plan.for_any_size()

@@ -92,11 +92,17 @@ class Objective:
         """
         return self.by_autograd(self.total, E, work, prepared)
 
-    @property
-    def row_axes(self) -> tuple[int, int | None]:
-        """The axis of the rows in a batch, and in its target where that is another one and not made by `prepare`."""
+    def row_axes(self, E: int, batch: tuple[Any, ...]) -> tuple[int, int | None]:
+        """The axis of the rows in a batch, and in its last entry where that is the target `[E, B, ...]`."""
         axis = int(self.forward.member_inputs)
-        return axis, 1 if self.member_targets and not axis and self._prepare is None else None
+        if axis or not self.member_targets or not batch:
+            return axis, None
+        if self._prepare is None:
+            return 0, 1
+        inputs, targets = take_apart(batch[:-1])[0], take_apart(batch[-1])[0]  # prepare may make the target of others
+        rows = inputs[0].shape[:1] if inputs else ()
+        is_target = bool(rows and targets) and all(y.shape[:2] == (E, *rows) for y in targets)
+        return 0, 1 if is_target else None
 
     def by_autograd(self, total: Callable[..., Any], E: int, work: Work, prepared: bool) -> Gradients:
         """The same, from what `total`, `self.total` or a compiled form of it, returns."""

@@ -243,7 +243,7 @@ def cross_entropy(
         raise ValueError(f"label_smoothing: expected 0 <= it <= 1, got {label_smoothing!r}")
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
-    log_probs = (logits / temperature).log_softmax(1)
+    log_probs = _divided(logits, temperature).log_softmax(1)
     loss = F.nll_loss(log_probs, y)
     if not isinstance(label_smoothing, Tensor):
         if label_smoothing == 0:
@@ -254,3 +254,11 @@ def cross_entropy(
     counted = y != -100
     even = torch.where(counted, spread.mean(1), 0).sum() / counted.sum()
     return (1 - label_smoothing) * loss - label_smoothing * even
+
+
+def _divided(logits: Tensor, temperature: Tensor | float) -> Tensor:
+    """`logits / temperature`, in which an excluded class, of logit -inf, gives `temperature` no gradient."""
+    if not isinstance(temperature, Tensor):
+        return logits / temperature
+    excluded = logits.isneginf()
+    return torch.where(excluded, logits, torch.where(excluded, 0, logits) / temperature)

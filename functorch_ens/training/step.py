@@ -228,7 +228,7 @@ class TrainStep:
         if self._accumulate == 1:
             found = of_all(work)
         else:
-            found = accumulated(of_all, work, self._accumulate, *self._objective.row_axes)
+            found = accumulated(of_all, work, self._accumulate, *self._objective.row_axes(params.E, work.batch))
         return found._replace(gradients=self._clipped(found.gradients, params))
 
     @torch.no_grad()

@@ -170,6 +170,8 @@ def test_members_with_targets_of_their_own(options: dict[str, Any], chunk: int |
     step = _step(forward, params, F.mse_loss, member_targets=True, prepare=lambda i: (x[i], y[:, i]), **options)
     got = step.gradients(params, torch.arange(6))
     assert_same(got.gradients, slopes)
+    step = _step(forward, params, F.mse_loss, member_targets=True, prepare=lambda x, y: (x / 2, y), **options)
+    assert_same(step.gradients(params, 2 * x, y).gradients, slopes)
 
 
 def test_members_learn_what_they_were_asked_to() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_same
 from torch import Tensor
+from torch.func import grad, vmap
 
 import functorch_ens as fe
 
@@ -111,3 +113,101 @@ def test_bad_arguments() -> None:
         fe.cross_entropy(logits[0], y, label_smoothing=1.5)
     with pytest.raises(ValueError, match="temperature: expected a number > 0, got 0"):
         fe.cross_entropy(logits[0], y, temperature=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("left_out", ["none", "some", "all"])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 2)])
+def test_classes_that_are_ruled_out(dtype: torch.dtype, left_out: str, shape: tuple[int, ...]) -> None:
+    y = torch.randint(3, (4, *shape[2:]))
+    logits = randn(*shape).to(dtype).scatter(1, ((y + 1) % 3).unsqueeze(1), -math.inf)
+    y[: {"none": 0, "some": 2, "all": 4}[left_out]] = -100
+
+    def same(got: Tensor, want: Tensor, *leaves: Tensor) -> None:
+        torch.testing.assert_close(got, want, equal_nan=True)
+        slopes = [torch.autograd.grad(value, leaf) for value, leaf in zip((got, want), leaves, strict=True)]
+        torch.testing.assert_close(*slopes, equal_nan=True)
+
+    for smoothing in (0.0, 0, 0.1):
+        a, b = (logits.clone().requires_grad_() for _ in range(2))
+        same(fe.cross_entropy(a, y, label_smoothing=smoothing), F.cross_entropy(b, y, label_smoothing=smoothing), a, b)
+        of_tensor = torch.tensor(smoothing, dtype=dtype)
+        same(fe.cross_entropy(a, y, label_smoothing=of_tensor), F.cross_entropy(b, y, label_smoothing=smoothing), a, b)
+    values = {
+        "label_smoothing": torch.tensor([0, 0.1, 0], dtype=dtype),
+        "temperature": torch.tensor([1, 2, 4]).to(dtype),
+    }
+    a, b = (torch.stack([logits, logits + 1, logits - 1]).requires_grad_() for _ in range(2))
+    each = zip(b, values["label_smoothing"], values["temperature"], strict=True)
+    want = torch.stack([F.cross_entropy(x / T, y, label_smoothing=smoothing.item()) for x, smoothing, T in each])
+    some = [0, 2] if left_out != "all" else [0]  # the loss of the other is inf
+    same(fe.member_losses(fe.cross_entropy, a, y, values=values)[some].sum(), want[some].sum(), a, b)
+    assert fe.cross_entropy(torch.tensor([[0, 1, -math.inf]]), torch.tensor([0])).item() == pytest.approx(
+        1.3133, abs=1e-4
+    )
+
+
+def test_a_temperature_has_a_gradient_where_a_class_is_ruled_out() -> None:
+    logits, y = torch.tensor([[0, 1, -math.inf]], dtype=torch.float64), torch.tensor([0])
+    temperature = torch.tensor(2.0, dtype=torch.float64)
+    got = grad(lambda T: fe.cross_entropy(logits, y, temperature=T))(temperature)
+    assert_same(got, grad(lambda T: F.cross_entropy(logits[:, :2] / T, y))(temperature))
+
+
+def test_a_random_loss_by_the_loop_differs_between_members() -> None:
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return (output.sum().item() * 0 + output * torch.rand(5)).sum()
+
+    losses = fe.member_losses(loss, torch.ones(3, 5), torch.ones(5))
+    torch.manual_seed(0)
+    assert_same(losses, torch.stack([torch.rand(5).sum() for _ in range(3)]))
+
+
+INNER: dict[str, Any] = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "huber": F.huber_loss,
+    "bce": lambda output, y: F.binary_cross_entropy_with_logits(output, y.sigmoid()),
+    "poisson": F.poisson_nll_loss,
+    "whole": lambda output, y: F.mse_loss(output, y.long()),
+    "cross_entropy": lambda output, y: F.cross_entropy(torch.stack([output, -output], 1), (y > 0).long()),
+}
+
+
+def _nested(name: str, E: int, own: tuple[bool, bool], compiled: bool) -> None:
+    """`member_losses` and its gradient under a vmap over samples, against a loop over both."""
+    loss = INNER[name]
+    outputs, y = randn(4, E, 5), randn(4, 5)
+    given = (outputs if own[0] else outputs[0], y if own[1] else y[0])
+
+    def total(outputs: Tensor, y: Tensor) -> Tensor:
+        return fe.member_losses(loss, outputs, y).square().sum()
+
+    axes = (0 if own[0] else None, 0 if own[1] else None)
+
+    def both(outputs: Tensor, y: Tensor) -> Any:
+        losses = vmap(lambda outputs, y: fe.member_losses(loss, outputs, y), in_dims=axes)(outputs, y)
+        return losses, vmap(grad(total), in_dims=axes)(outputs, y)
+
+    got, slopes = (torch.compile(both, fullgraph=True, backend="aot_eager") if compiled else both)(*given)
+    for k in range(4):
+        leaf = (given[0][k] if own[0] else given[0]).clone().requires_grad_()
+        want = torch.stack([loss(one, given[1][k] if own[1] else given[1]) for one in leaf])
+        assert_same(got[k], want.detach())
+        assert_same(slopes[k], torch.autograd.grad(want.square().sum(), leaf)[0])
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")  # torch's own, of huber_loss
+@pytest.mark.parametrize("own", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("E", [1, 3])
+@pytest.mark.parametrize("name", INNER)
+def test_inside_another_vmap(name: str, E: int, own: tuple[bool, bool]) -> None:
+    _nested(name, E, own, compiled=False)
+
+
+@pytest.mark.parametrize("own", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("E", [1, 3])
+@pytest.mark.parametrize("name", [name for name in INNER if name != "whole"])
+def test_compiled_inside_another_vmap(name: str, E: int, own: tuple[bool, bool]) -> None:
+    _nested(name, E, own, compiled=True)
