@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_ens._torch import pytree
+from functorch_ens._torch import outside_transforms, pytree
 
 MAX_SEED = 2**63 - 1
 
@@ -48,8 +48,9 @@ class Reseeding:
     """
 
     def __init__(self) -> None:
-        self._seed = torch.get_rng_state()[:_SEED].clone()
-        _mark(self._seed ^ 0x55)
+        with outside_transforms():
+            self._seed = torch.get_rng_state()[:_SEED].clone()
+            _mark(self._seed ^ 0x55)
         self._expected = torch.initial_seed()
 
     def happened(self) -> bool:
@@ -67,9 +68,8 @@ _SEED = 8
 
 
 def _mark(seed: Tensor) -> None:
-    state = torch.get_rng_state()
-    state[:_SEED] = seed
-    torch.set_rng_state(state)
+    with outside_transforms():  # torch.func.grad would refuse to write to a tensor of its surroundings
+        torch.set_rng_state(torch.cat([seed, torch.get_rng_state()[_SEED:]]))
 
 
 @contextmanager
