@@ -275,7 +275,9 @@ def by_parts(
         rows = slice(start, min(start + size, E))
         some, kwargs = form.rebuild(iter(members(given, rows) if forward.member_inputs else given))
         own = target_form.rebuild(iter(members(targets, rows) if objective.member_targets else targets))
-        yield rows, compute(E, work.part(rows, (*some, own), kwargs), True)
+        with torch.no_grad():  # Dynamo warns of slices that have a history
+            part = work.part(rows, (*some, own), kwargs)
+        yield rows, compute(E, part, True)
 
 
 def collected(parts: Iterator[tuple[slice, Gradients]], work: Work, scratch: dict[str, Tensor]) -> Gradients:
