@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from functorch_ens import _torch
@@ -125,6 +126,8 @@ class Forward:
         E = self.check(params, buffers)
         call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs, self._unwatched)
         if call.is_traced:
+            if torch.compiler.is_exporting():
+                self._template.read()
             plan = self.compiled_plan(params)
             if not self._takes_any_size and _torch.has_symbolic_sizes(call.members.inputs):
                 plan = plan.for_any_size()

@@ -87,6 +87,12 @@ class Template:
             own[name] = weight
         return own
 
+    def read(self) -> None:
+        """Read every tensor of the copy: torch.export(strict=True) cannot clone one that it first sees under vmap."""
+        for module in self._module.modules():
+            for tensor in (*_torch.parameters_of(module).values(), *_torch.buffers_of(module).values()):
+                assert tensor is None or tensor.is_meta
+
     @property
     def made(self) -> list[object]:
         """The objects that this template has made and never changes. The model's own modules are not among them."""

@@ -167,7 +167,7 @@ def obstacle(anatomy: Anatomy) -> str | None:
 
 _TAKE_ANY_SIZE = (
     *(nn.Linear, nn.Identity, nn.Flatten, nn.Unflatten, nn.RMSNorm, nn.PReLU),
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid),
     *(nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Softmax, nn.LogSoftmax, nn.Dropout),
 )
