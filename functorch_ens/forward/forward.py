@@ -14,10 +14,11 @@ from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
 from functorch_ens.checks import check_bool, check_option, check_positive_int
 from functorch_ens.forward.call import Call, update_lost
+from functorch_ens.forward.failures import VmapCannot, first_line, is_of_vmap, is_transient
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
 from functorch_ens.forward.template import Template
-from functorch_ens.forward.watch import VmapCannot, first_line, is_of_vmap, is_transient, may_be_wrong
+from functorch_ens.forward.watch import may_be_wrong
 from functorch_ens.layers.conv import CONVOLUTION
 from functorch_ens.layers.norm import RUNNING_NORM
 from functorch_ens.layers.operators import SIDES

@@ -13,8 +13,6 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dis import opmap
-from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from functorch_ens import _torch
 from functorch_ens._torch import pytree
+from functorch_ens.forward.failures import VmapCannot, is_transient
 from functorch_ens.rng import Reseeding
 
 _IN_PLACE = "whose backward pass fails"
@@ -36,14 +35,6 @@ WRONG_UNDER_VMAP = {
     **dict.fromkeys(("pow_", "float_power_", "ldexp_", "hypot_", "cumprod_", "index_reduce_"), _IN_PLACE),
 }
 """The operators that vmap has no right rule for, by their names in torch; benchmarks/operator_sweep.py finds them."""
-
-
-class VmapCannot(RuntimeError):
-    """vmap would compute something wrong; `modules` are those at work, the innermost last."""
-
-    def __init__(self, message: str, modules: Sequence[nn.Module]) -> None:
-        super().__init__(message)
-        self.modules = list(modules)
 
 
 class Notes:
@@ -327,49 +318,3 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Which errors are vmap's
-
-
-# What vmap raises is of one of these classes, not of one derived from them. A user's classes, time-outs and lost
-# connections are others.
-_RAISED_BY_VMAP = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AssertionError)
-_PACKAGES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-_RAISE = opmap["RAISE_VARARGS"]
-
-
-def is_of_vmap(error: BaseException | None) -> bool:
-    """Whether vmap, or torch because of vmap, raised `error` or an error that led to it.
-
-    Then a loop may succeed. All others are the model's own, or have to do with the machine, and go to the caller.
-    """
-    while error is not None:
-        if isinstance(error, VmapCannot) or (
-            type(error) in _RAISED_BY_VMAP and not is_transient(error) and not _is_raised_by_others(error)
-        ):
-            return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether `error` may be gone at the next try: memory, time, a connection, a file."""
-    return isinstance(error, MemoryError | OSError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """What `error` says, in one line."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def _is_raised_by_others(error: BaseException) -> bool:
-    """Whether a `raise` or `assert` outside of torch and this package raised `error`."""
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    code = trace.tb_frame.f_code
-    return code.co_code[trace.tb_lasti] == _RAISE and not code.co_filename.startswith(_PACKAGES)

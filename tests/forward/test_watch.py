@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 import functorch_ens as fe
 from functorch_ens import _torch
-from functorch_ens.forward.watch import Notes, VmapCannot, is_of_vmap, is_transient, watched_vmap
+from functorch_ens.forward.failures import VmapCannot, is_of_vmap, is_transient
+from functorch_ens.forward.watch import Notes, watched_vmap
 
 # torch says of an operator without a derivative of its own, rightly, that its kernel may have none.
 pytestmark = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered", "ignore:Full backward hook")
