@@ -45,7 +45,8 @@ def _check(model: nn.Module, loss: Any, x: Tensor, y: Any, E: int = 3, **options
         for _ in range(2):
             got = step.gradients(params, x, y)
             assert_same(got.losses, losses)
-            assert_same(got.gradients, slopes)
+            assert got.gradients.keys() == slopes.keys()
+            assert_same({name: got.gradients[name] for name in slopes}, slopes)  # a compiler may order them otherwise
     return step
 
 

@@ -510,7 +510,8 @@ def test_a_model_that_the_compiler_refuses_is_trained_without(caplog: pytest.Log
     ]
     results = [[step.gradients(params, x, y) for _ in range(2)] for step in steps]
     assert_same(results[0], results[1])
-    assert all("training goes on without it" in record.message for record in caplog.records if record.levelno >= 30)
+    told = [record.message for record in caplog.records if record.levelno >= 30 and "functorch_ens" in record.name]
+    assert all("training goes on without it" in each or "is compiled in parts" in each for each in told)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1])
