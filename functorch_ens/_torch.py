@@ -33,7 +33,6 @@ _MORE_MEMORY = "under torch.func.grad a chunk that is computed again keeps its i
 _FEWER_MODELS = "under autograd only operations that torch.func can follow are computed again for a chunk"
 _NO_FLAGS = "models that set requires_grad of a tensor are computed by the loop"
 _NO_HOOKS = "after a compilation that fails in torch.func.grad, torch.utils.checkpoint fails"
-_PASSED_BY = "backward hooks on all modules at once are passed by under vmap"
 _WHOLE_UPDATES = "large members are updated all at once, not part by part"
 
 PRIVATE: dict[tuple[str, str], str] = {
@@ -57,8 +56,6 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch.optim.optimizer", "_global_optimizer_pre_hooks"): _WHOLE_UPDATES,
     ("torch.optim.optimizer", "_global_optimizer_post_hooks"): _WHOLE_UPDATES,
     ("torch._guards", "detect_fake_mode"): "make_fx with symbolic sizes traces the loop",
-    ("torch.nn.modules.module", "_global_backward_hooks"): _PASSED_BY,
-    ("torch.nn.modules.module", "_global_backward_pre_hooks"): _PASSED_BY,
     ("torch.nn.utils.parametrizations", "_SpectralNorm"): "spectral_norm in training is computed by the loop",
 }
 """`{(module, name): what is lost without it}`."""
@@ -235,8 +232,9 @@ def forward_hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
 
 
 def every_module_has_backward_hooks() -> bool:
-    """Whether backward hooks are registered on all modules at once. Fallback: False."""
-    return any(_private["torch.nn.modules.module", f"_global_backward_{kind}"] for kind in ("hooks", "pre_hooks"))
+    """Whether backward hooks are registered on all modules at once; every call of a module reads these names itself."""
+    names = ("_global_backward_hooks", "_global_backward_pre_hooks")
+    return any(getattr(torch.nn.modules.module, name, None) for name in names)
 
 
 def hooks_of(tensor: Tensor) -> list[Callable[[Tensor], Any]]:
