@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -96,11 +97,10 @@ class Forward:
         self._norms = list(anatomy.instances(RUNNING_NORM).items())
         self.member_inputs = member_inputs
         self._is_free = strategy == "auto"
-        self._takes_any_size = takes_any_size(anatomy)
+        self._known = SimpleNamespace(takes_any_size=takes_any_size(anatomy), unwatched=set[Hashable]())
+        """What never changes, and the kinds of calls in which the watch has found nothing."""
         self._may_be_wrong = may_be_wrong(anatomy.modules.values())
         self._has_computed = False
-        self._unwatched: set[Hashable] = set()
-        """The kinds of calls in which the watch has found nothing."""
         found = obstacle(anatomy)
         self._plans = plans_for(strategy, randomness, chunk_size, found)
         self._use(found or self.plan.reason("") if self._is_free else "it was asked for", logging.INFO)
@@ -118,19 +118,19 @@ class Forward:
     @property
     def made(self) -> list[object]:
         """The objects that this forward has made and never changes, so that Dynamo need not guard them."""
-        return [*self._anatomy.facts, self._convolutions, *self._template.made]
+        return [self._known, *self._anatomy.facts, self._convolutions, *self._template.made]
 
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """Every member's output for the inputs `args` and `kwargs`, as `make_forward` describes."""
         E = self.check(params, buffers)
-        call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs, self._unwatched)
+        call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs, self._known.unwatched)
         if call.is_traced:
             if torch.compiler.is_exporting():
                 self._template.read()
             plan = self.compiled_plan(params)
-            if not self._takes_any_size and _torch.has_symbolic_sizes(call.members.inputs):
+            if not self._known.takes_any_size and _torch.has_symbolic_sizes(call.members.inputs):
                 plan = plan.for_any_size()
             with call.replay():
                 return call.result(run(call, plan))

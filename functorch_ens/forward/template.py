@@ -96,7 +96,7 @@ class Template:
     @property
     def made(self) -> list[object]:
         """The objects that this template has made and never changes. The model's own modules are not among them."""
-        return [*self._module.modules(), self._pristine, self._aliases]
+        return [*self._module.modules(), self._pristine, self._aliases, self._hooks]
 
     def own_buffers(self) -> dict[str, Tensor]:
         """The model's own buffers, as they are now."""

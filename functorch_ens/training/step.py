@@ -242,7 +242,7 @@ class TrainStep:
             self._compiled = Compiled(
                 self._objective,
                 self._options,
-                made=self.forward.made,
+                made=[*self.forward.made, self._objective.losses],
                 one_by_one=lambda E, work, prepared: _plan(self, work.trained).one_by_one,
                 situation=lambda: (self.forward.strategy, self._objective.losses.strategy, *self.forward.modes()),
             )
