@@ -67,6 +67,11 @@ def check_of_members(value: Any, E: int | None, argument: str) -> Tensor:
     return value
 
 
+def first_line(error: BaseException) -> str:
+    """What `error` says, in one line: torch appends paragraphs of advice."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def shown(value: Any) -> str:
     """Format `value` for an error message: a tensor by its shape, a tuple or list by its items."""
     if isinstance(value, Tensor):

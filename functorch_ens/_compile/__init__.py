@@ -126,11 +126,7 @@ class Compiled:
 
         torch's random state afterwards is that of one call.
         """
-        tensors = take_apart(arguments)[0]
-        before = RandomState.of(tensors)
-        plain = self._objective(*arguments)
-        after = RandomState.of(tensors)
-        random = not before.equals(after)
+        plain, before, after = self._by_plain_autograd(arguments)
         reasons: list[str] = []
         situation = self._situation()
         for rung, attempt in list(self._rungs.items()):
@@ -140,8 +136,7 @@ class Compiled:
             try:
                 with saved_tensor_hooks_kept():
                     compiled, result = attempt(options, arguments)
-                if differs := self._objective.disagreement(result, plain, random, arguments):
-                    raise _Disagrees(differs)
+                self._compare(result, plain, not before.equals(after), arguments)
             except (MemoryError, TimeoutError, ConnectionError, torch.OutOfMemoryError):
                 raise  # of the machine, and perhaps gone at the next call
             except Exception as error:  # the compiler's, for eager code has just computed this
@@ -152,7 +147,7 @@ class Compiled:
                     asked = options.get("fullgraph") and not of_backend
                     if asked and (rung == "torch.compile" or _is_of_dynamo(error)):
                         raise
-                reasons.append(_first_line(error))
+                reasons.append(_said(error))
                 log.info("the compilation by %s failed: %r", rung, error)
                 del self._rungs[rung]
                 if type(error).__name__ in _NOT_ONE_GRAPH:
@@ -172,17 +167,28 @@ class Compiled:
 
     def _checked(self, compiled: Callable[..., Any], arguments: tuple[Any, ...], situation: Hashable) -> Any:
         """The compiled result, in a situation that is new; it must agree with that of plain autograd."""
+        plain, before, after = self._by_plain_autograd(arguments)
+        before.restore()
+        result = compiled(*arguments)
+        try:
+            self._compare(result, plain, not before.equals(after), arguments)
+        except _Disagrees:
+            before.restore()
+            raise
+        self._compared.add(situation)
+        return result
+
+    def _by_plain_autograd(self, arguments: tuple[Any, ...]) -> tuple[Any, RandomState, RandomState]:
+        """What the objective returns as it is, and torch's random states before and after it."""
         tensors = take_apart(arguments)[0]
         before = RandomState.of(tensors)
         plain = self._objective(*arguments)
-        random = not before.equals(RandomState.of(tensors))
-        before.restore()
-        result = compiled(*arguments)
+        return plain, before, RandomState.of(tensors)
+
+    def _compare(self, result: Any, plain: Any, random: bool, arguments: tuple[Any, ...]) -> None:
+        """Raise `_Disagrees` where `result`, compiled, is not that of plain autograd."""
         if differs := self._objective.disagreement(result, plain, random, arguments):
-            before.restore()
             raise _Disagrees(differs)
-        self._compared.add(situation)
-        return result
 
     def _tell(self, reason: str) -> None:
         self.reason = reason
@@ -225,7 +231,7 @@ _LIBRARIES = tuple({get_path(name) for name in ("stdlib", "purelib", "platlib")}
 _PLACE = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
-def _first_line(error: Exception) -> str:
+def _said(error: Exception) -> str:
     """What an error of the compiler says, with the user's line that Dynamo names."""
     text = str(getattr(error, "inner_exception", error)).strip()
     places = _PLACE.findall(text.partition("from user code")[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +81,16 @@ def combined(parts: list[Returned], leaves: Callable[[list[Any]], Any], buffers:
     )
 
 
+@dataclass(eq=False)
+class Known:
+    """What a forward knows of its model, from the model itself and from earlier calls."""
+
+    takes_any_size: bool
+    """Whether every layer is the same graph for any batch size under vmap."""
+    unwatched: set[Hashable]
+    """The kinds of calls in which the watch had nothing to do."""
+
+
 class Call:
     """One call of a forward. Members return their results; nothing is written here."""
 
@@ -92,7 +103,7 @@ class Call:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         member_inputs: bool,
-        unwatched: set[Hashable],
+        known: Known,
     ) -> None:
         inputs, self._arguments = take_apart((args, kwargs))
         if member_inputs:
@@ -104,10 +115,10 @@ class Call:
         self._template = template
         self.is_traced = _torch.is_traced(inputs)
         self.notes: Notes | None = None
-        self._unwatched = unwatched
-        if not self.is_traced:
+        self._known = known
+        if not self.is_traced:  # Dynamo would guard the set, which grows
             self._situation = self._known_situation()
-            self.notes = None if self._situation in unwatched else Notes()
+            self.notes = None if self._situation in known.unwatched else Notes()
         self._alone = nullcontext() if self.notes is None else Alone(self.notes)
         self._returns_buffers = buffers is not None
         self._own_buffers = template.own_buffers() if buffers is None else {}
@@ -127,7 +138,7 @@ class Call:
     def end_watch(self) -> None:
         """After a call in which the modes of the watch had nothing to do: calls like it go without them."""
         if self.notes is not None and not self.notes.are_needed and self._situation is not None:
-            self._unwatched.add(self._situation)
+            self._known.unwatched.add(self._situation)
 
     def member(self, one: Members) -> Returned:
         """The output and the new buffers of one member."""

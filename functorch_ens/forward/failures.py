@@ -44,11 +44,6 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, MemoryError | OSError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def first_line(error: BaseException) -> str:
-    """What `error` says, in one line."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
 def _is_raised_by_others(error: BaseException) -> bool:
     """Whether a `raise` or `assert` outside of torch and this package raised `error`."""
     trace = error.__traceback__

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
-from functorch_ens.checks import check_bool, check_option, check_positive_int
-from functorch_ens.forward.call import Call, update_lost
-from functorch_ens.forward.failures import VmapCannot, first_line, is_of_vmap, is_transient
+from functorch_ens.checks import check_bool, check_option, check_positive_int, first_line
+from functorch_ens.forward.call import Call, Known, update_lost
+from functorch_ens.forward.failures import VmapCannot, is_of_vmap, is_transient
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
 from functorch_ens.forward.template import Template
@@ -97,8 +96,7 @@ class Forward:
         self._norms = list(anatomy.instances(RUNNING_NORM).items())
         self.member_inputs = member_inputs
         self._is_free = strategy == "auto"
-        self._known = SimpleNamespace(takes_any_size=takes_any_size(anatomy), unwatched=set[Hashable]())
-        """What never changes, and the kinds of calls in which the watch has found nothing."""
+        self._known = Known(takes_any_size(anatomy), set())
         self._may_be_wrong = may_be_wrong(anatomy.modules.values())
         self._has_computed = False
         found = obstacle(anatomy)
@@ -125,7 +123,7 @@ class Forward:
     ) -> Any:
         """Every member's output for the inputs `args` and `kwargs`, as `make_forward` describes."""
         E = self.check(params, buffers)
-        call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs, self._known.unwatched)
+        call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs, self._known)
         if call.is_traced:
             if torch.compiler.is_exporting():
                 self._template.read()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from functorch_ens.checks import first_line
 from functorch_ens.files import write_whole
 from functorch_ens.params.pytree import EnsembleParams
 
@@ -44,7 +45,7 @@ def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> N
             _read(part, mmap=True)
         except Exception as error:
             raise TypeError(
-                f"state: expected tensors, numbers and text in dicts and lists: {_first_line(error)}"
+                f"state: expected tensors, numbers and text in dicts and lists: {first_line(error)}"
             ) from error
 
 
@@ -66,9 +67,7 @@ def load_checkpoint(path: str | os.PathLike[str], *, device: torch.device | str 
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises many kinds: for a broken zip, a truncated pickle, a forbidden class
-        raise ValueError(
-            f"path: {os.fspath(path)!r} is no checkpoint that can be read: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"path: {os.fspath(path)!r} is no checkpoint that can be read: {first_line(error)}") from error
     if not isinstance(state, dict):
         raise ValueError(f"path: {os.fspath(path)!r} holds no dict, but {type(state).__name__}")
     return state
@@ -78,8 +77,3 @@ def _read(path: str | os.PathLike[str], **options: Any) -> Any:
     """Unpickle `path` with torch's allowlist of classes, and `EnsembleParams`."""
     with torch.serialization.safe_globals([EnsembleParams]):
         return torch.load(path, weights_only=True, **options)
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message: torch appends paragraphs of advice that do not apply here."""
-    return str(error).strip().partition("\n")[0]

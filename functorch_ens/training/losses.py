@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from functorch_ens._torch import has_symbolic_sizes
-from functorch_ens.checks import check_of_members
-from functorch_ens.forward.failures import first_line, is_of_vmap, is_transient
+from functorch_ens.checks import check_of_members, first_line
+from functorch_ens.forward.failures import is_of_vmap, is_transient
 from functorch_ens.forward.watch import Notes, watched_vmap
 from functorch_ens.rng import RandomState
 from functorch_ens.trees import take_apart

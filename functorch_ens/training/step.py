@@ -13,6 +13,7 @@ from functorch_ens.checks import check_bool, check_number, check_option, check_p
 from functorch_ens.forward.forward import Forward
 from functorch_ens.forward.plans import Plan
 from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.training.clipping import clipped
 from functorch_ens.training.gradients import (
     Gradients,
     Objective,
@@ -20,7 +21,6 @@ from functorch_ens.training.gradients import (
     Work,
     accumulated,
     by_parts,
-    clipped,
     collected,
 )
 from functorch_ens.training.losses import Loss, check_values

@@ -67,18 +67,17 @@ def train(conv: bool) -> dict[str, Any]:
 
 def plain_works() -> bool:
     """Whether torch.compile itself does, for gradients like those of a step."""
-    from functorch_ens import cross_entropy
+    import functorch_ens as fe
 
-    layers, x, y = (torch.randn(2, 3, 3), torch.randn(2, 3)), torch.randn(5, 3), torch.randint(3, (5,))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Flatten())
+    forward, params = fe.make_forward(model), fe.ensemble_params(model, 2)
+    x, y = torch.randn(5, 3), torch.randint(3, (5,))
 
-    def loss(layers: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        def of_one(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-            return cross_entropy(torch.nn.functional.linear(x, weight, bias), y)
-
-        return torch.func.vmap(of_one)(*layers).sum()
+    def loss(params: fe.EnsembleParams) -> torch.Tensor:
+        return fe.member_losses(fe.cross_entropy, forward(params, x), y).sum()
 
     try:
-        torch.compile(torch.func.grad_and_value(loss))(layers)
+        torch.compile(torch.func.grad_and_value(loss))(params)
     except Exception:
         return False
     return True
