@@ -4,7 +4,8 @@
 import nor any answer depends on them: a test deletes each name in a process of its own, and trains. Methods of layers
 are not in that list, because torch's own layers call them; they have tests in tests/test_torch.py.
 
-Two things have no fallback, because `torch.func` itself rests on them: the module `torch.utils._pytree`, and the dicts
+Three things have no fallback, because torch itself rests on them: the module `torch.utils._pytree`, the base class of
+modes that see every operator with its schema, and the dicts
 in which every `nn.Module` registers its parameters, buffers and hooks.
 """
 
@@ -12,8 +13,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -23,8 +27,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["pytree"]
+__all__ = ["TorchDispatchMode", "pytree"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +58,7 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch._C._autograd", "_saved_tensors_hooks_disable"): _NO_HOOKS,
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): "models that checkpoint, with torch 2.11",
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator_impl"): "models that checkpoint",
+    ("torch.utils._python_dispatch", "_disable_current_modes"): "gradients through operators without their own",
     ("torch.optim.optimizer", "_global_optimizer_pre_hooks"): _WHOLE_UPDATES,
     ("torch.optim.optimizer", "_global_optimizer_post_hooks"): _WHOLE_UPDATES,
     ("torch._guards", "detect_fake_mode"): "make_fx with symbolic sizes traces the loop",
@@ -179,12 +185,60 @@ def saved_tensor_hooks_kept() -> Iterator[None]:
             _allow_hooks() if before is None else _forbid_hooks(before)
 
 
+def is_compiling() -> bool:
+    """Whether this thread is traced by a compiler or by torch.export; `torch.compiler.is_compiling` is for all threads.
+
+    Fallback: in all threads, while one traces without Dynamo.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and is_traced(())
+
+
 def is_traced(tensors: Sequence[Tensor]) -> bool:
     """Whether a compiler or make_fx traces operations on `tensors`. Fallback: whether a compiler does."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     detect = _private["torch._guards", "detect_fake_mode"]
-    return detect is not None and detect(tensors) is not None
+    return torch.compiler.is_compiling() if detect is None else detect(tensors) is not None
+
+
+_CALL = nn.Module.__call__
+
+
+def wait_for_traces(error: Exception, seconds: float = 60) -> bool:
+    """Whether another thread's tracing has raised `error` here, and is over now.
+
+    While torch.fx traces in any thread, it has its own function in the place of `nn.Module.__call__`, for all threads.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if not isinstance(error, NameError) or trace is None or "_symbolic_trace" not in trace.tb_frame.f_code.co_filename:
+        return False
+    end = time.monotonic() + seconds
+    while nn.Module.__call__ is not _CALL and time.monotonic() < end:
+        time.sleep(1e-3)
+    return nn.Module.__call__ is _CALL
+
+
+def is_of_a_library(function: Any) -> bool:
+    """Whether `function` is an operator that is registered in another library than torch's own."""
+    if not isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return False
+    packet: Any = getattr(function, "overloadpacket", function)
+    return not packet._qualified_op_name.startswith(("aten::", "prims::", "prim::"))
+
+
+def without_dispatch_modes() -> AbstractContextManager[Any]:
+    """A context without the modes that see every operator. Fallback: with them."""
+    disable = _private["torch.utils._python_dispatch", "_disable_current_modes"]
+    return nullcontext() if disable is None else disable()
+
+
+def arguments_of(operator: Any) -> list[Any]:
+    """The arguments in the schema of an operator, each with its `name` and `default_value`."""
+    return list(operator._schema.arguments)
 
 
 def in_forward_mode() -> bool:
@@ -194,8 +248,14 @@ def in_forward_mode() -> bool:
 
 
 def version(tensor: Tensor) -> int:
-    """The version counter of `tensor`, which every write in place raises. Fallback: 0, so that no write is noticed."""
-    found: int = getattr(tensor, "_version", 0)
+    """The version counter of `tensor`, which every write in place raises.
+
+    Tensors made in inference mode have none. Fallback, and theirs: 0, so that no write is noticed.
+    """
+    try:
+        found: int = getattr(tensor, "_version", 0)
+    except RuntimeError:
+        return 0
     return found
 
 
@@ -293,39 +353,58 @@ def common_base(*classes: type[nn.Module]) -> type[nn.Module]:
     return next(base for base in first.__mro__ if all(issubclass(other, base) for other in others))
 
 
+class _Here(threading.local):
+    are_passed_over = False
+
+
+_here = _Here()
+
+
 @contextmanager
 def checkpoints_passed_over() -> Iterator[None]:
-    """Inside, `torch.utils.checkpoint` calls the function that it is given, and nothing more.
+    """Inside, `torch.utils.checkpoint` calls the function that it is given, and nothing more; in this thread alone.
 
     Its second call of that function, in the backward pass, would need one member's tensors, which the model holds for
     one call alone; and torch.func cannot follow it.
     """
-    checkpoint: Any = torch.utils.checkpoint
-    before = {name: getattr(checkpoint, name) for name in _CHECKPOINTS if hasattr(checkpoint, name)}
-    for name in before:
-        setattr(checkpoint, name, _CHECKPOINTS[name])
+    before = _here.are_passed_over
     try:
+        _here.are_passed_over = True
         yield
     finally:
-        for name, function in before.items():
-            setattr(checkpoint, name, function)
+        _here.are_passed_over = before
 
 
 def _no_hooks(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield  # checkpoint calls the function between the first and the second step
 
 
-class _NoRecompute:
-    @staticmethod
-    def apply(function: Any, preserve: bool, *args: Any) -> Any:
-        return function(*args)
+def _make_checkpoints_ask() -> None:
+    """Once, when this module is imported: from then on checkpointing asks the thread whether it is passed over."""
+    checkpoint: Any = torch.utils.checkpoint
+    for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl"):
+        if original := getattr(checkpoint, name, None):
+            setattr(checkpoint, name, _asking(original))
+    reentrant = getattr(checkpoint, "CheckpointFunction", None)
+    if reentrant is not None:
+
+        def of_function(cls: Any, function: Any, preserve: bool, *args: Any) -> Any:
+            if _here.are_passed_over:
+                return function(*args)
+            return super(reentrant, cls).apply(function, preserve, *args)
+
+        reentrant.apply = classmethod(of_function)
 
 
-_CHECKPOINTS: dict[str, Any] = {
-    "_checkpoint_without_reentrant_generator": _no_hooks,  # torch 2.11
-    "_checkpoint_without_reentrant_generator_impl": _no_hooks,
-    "CheckpointFunction": _NoRecompute,
-}
+def _asking(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        return _no_hooks() if _here.are_passed_over else original(*args, **kwargs)
+
+    return ask
+
+
+_make_checkpoints_ask()
 
 
 # --------------------------------------------------------------------------------------------------------------------

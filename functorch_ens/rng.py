@@ -1,15 +1,30 @@
-"""Everything that touches random state: seeds, and torch's global generators saved and put back."""
+"""Everything that touches random state: seeds, and draws from private generators in the place of torch's global ones.
+
+All threads share torch's global generators. Setting one back would repeat what another thread has drawn in between, so
+whatever has to draw the same numbers again draws them from copies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from functorch_ens._torch import outside_transforms, pytree
+from functorch_ens._torch import (
+    TorchDispatchMode,
+    arguments_of,
+    is_of_a_library,
+    outside_transforms,
+    pytree,
+    without_dispatch_modes,
+)
 
 MAX_SEED = 2**63 - 1
 
@@ -22,13 +37,23 @@ class RandomState(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Any) -> RandomState:
-        """The present state of the generators for the devices of a pytree of `tensors`."""
+        """The present state of the generators for the devices of a pytree of `tensors`: those that this thread uses."""
+        if _innermost.drawing is not None:
+            return _innermost.drawing.state
         devices = {leaf.device for leaf in pytree.tree_leaves(tensors)}
         cuda = sorted(device.index for device in devices if device.type == "cuda")
         return cls(torch.get_rng_state(), {index: torch.cuda.get_rng_state(index) for index in cuda})
 
+    @classmethod
+    def seeded(cls, seed: int) -> RandomState:
+        """The state of a CPU generator that has this seed."""
+        return cls(torch.Generator().manual_seed(seed).get_state(), {})
+
     def restore(self) -> None:
-        """Set the generators to this state."""
+        """Set the generators that this thread uses to this state."""
+        if _innermost.drawing is not None:
+            _innermost.drawing.state = self
+            return
         torch.set_rng_state(self.cpu)
         for index, state in self.cuda.items():
             torch.cuda.set_rng_state(state, index)
@@ -40,27 +65,242 @@ class RandomState(NamedTuple):
         )
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Draws, and where they come from
+
+
+class _PastTheModes(TorchFunctionMode):
+    """Calls the operators of other libraries without modes that see every operator.
+
+    One that has no derivative of its own, but a kernel that calls differentiable operators, would lose its gradient.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with without_dispatch_modes() if is_of_a_library(func) else nullcontext():
+            return func(*args, **(kwargs or {}))
+
+
+class Draws(TorchDispatchMode):
+    """Notes whether this thread draws random numbers from torch's global generators."""
+
+    drew = False
+    """Whether it has."""
+
+    def __init__(self, before: Callable[[], None] | None = None) -> None:
+        """`before` is called before each draw."""
+        super().__init__()
+        self._beside = _PastTheModes()
+        self._before = before
+
+    def __enter__(self) -> Any:
+        self._beside.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *of_error: Any) -> None:
+        super().__exit__(*of_error)
+        self._beside.__exit__(*of_error)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and _draws_globally(func, args, kwargs):
+            self.drew = True
+            if self._before is not None:
+                self._before()
+            return self.drawn(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an operator that draws."""
+        return func(*args, **kwargs)
+
+
+class Drawing(Draws):
+    """This thread draws from copies of the generators in `state`; the global ones stay as they are.
+
+    An operator that takes no generator (dropout in a fused kernel) gets the global one, in the state of the copy, for
+    its one call.
+    """
+
+    def __init__(self, state: RandomState) -> None:
+        super().__init__()
+        self._cpu = torch.Generator()
+        self._cuda = {index: torch.Generator(f"cuda:{index}") for index in state.cuda}
+        self.state = state
+        self._seen = [(torch.get_rng_state(), state.cpu)]
+        """States of the global generator, each with the state that the copy had when it was left."""
+
+    @property
+    def state(self) -> RandomState:
+        """The state of the copies now."""
+        return RandomState(self._cpu.get_state(), {index: each.get_state() for index, each in self._cuda.items()})
+
+    @state.setter
+    def state(self, state: RandomState) -> None:
+        self._cpu.set_state(state.cpu)
+        for index, generator in self._cuda.items():
+            if index in state.cuda:
+                generator.set_state(state.cuda[index])
+
+    def __enter__(self) -> Any:
+        self._outside, _innermost.drawing = _innermost.drawing, self
+        return super().__enter__()
+
+    def __exit__(self, *of_error: Any) -> None:
+        super().__exit__(*of_error)
+        _innermost.drawing = self._outside
+
+    def drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._follow_seeds()
+        if func is torch.ops.aten.native_dropout.default and args[0].device.type == "cpu":  # as the kernel does it
+            x, share = args[0], 1 - args[1]
+            mask = torch.empty(x.shape, dtype=torch.bool).bernoulli_(share, generator=self._cpu)
+            return x.mul(mask).mul_(1 / share if share else 0), mask
+        taking = _taking_a_generator(func)
+        generator = self._of(args, kwargs)
+        if taking is None or generator is None:
+            return self._lent(func, args, kwargs)
+        return taking(*args, **{**kwargs, "generator": generator})
+
+    def _follow_seeds(self) -> None:
+        """Where the model has seeded the global generator, or put it back (`fork_rng`), the copy does the same."""
+        now, (last, _) = torch.get_rng_state(), self._seen[-1]
+        if torch.equal(now, last):
+            return
+        earlier = [mine for there, mine in self._seen[:-1] if torch.equal(there, now)]
+        if earlier or _is_fresh(now):
+            self._seen[-1] = last, self._cpu.get_state()
+            self._cpu.set_state(earlier[-1] if earlier else now)
+            self._seen.append((now, now))
+
+    def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator | None:
+        """The copy for the device of this operation; None where there is none."""
+        device = _device(args, kwargs)
+        return self._cuda.get(device.index or 0) if device.type == "cuda" else self._cpu
+
+    def _lent(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an operator that takes no generator: for its one call the global ones are as the copies."""
+        cpu = torch.default_generator
+        pairs = [(cpu, self._cpu), *((torch.cuda.default_generators[index], own) for index, own in self._cuda.items())]
+        before = [there.get_state() for there, _ in pairs]
+        for there, own in pairs:
+            there.set_state(own.get_state())
+        try:
+            return func(*args, **kwargs)
+        finally:
+            for (there, own), state in zip(pairs, before, strict=True):
+                own.set_state(there.get_state())
+                there.set_state(state)
+
+
+class _Innermost(threading.local):
+    drawing: Drawing | None = None
+
+
+_innermost = _Innermost()
+
+
+@cache
+def _taking_a_generator(func: Any) -> Any:
+    """The overload of an operator that has the arguments of `func`, and a generator; None where there is none."""
+
+    def names(overload: Any) -> list[str]:
+        return [argument.name for argument in arguments_of(overload)]
+
+    wanted = names(func)
+    if "generator" in wanted:
+        return func
+    overloads = [getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads()]
+    return next((each for each in overloads if sorted(names(each)) == sorted([*wanted, "generator"])), None)
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+
+
+def _draws_globally(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call of an operator that can draw does so, from a generator that it is not given."""
+    if _device(args, kwargs).type == "meta":
+        return False
+    for index, argument in enumerate(arguments_of(func)):
+        given = args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value)
+        if argument.name == "generator" and given is not None:
+            return False
+        if argument.name in ("dropout_p", "dropout", "train") and (given is False or given == 0):
+            return False
+    return True
+
+
+class Parts:
+    """What vmap's `randomness` means for the parts of one computation, which come one after another.
+
+    `"different"`: each part draws other numbers. `"same"`: each draws the same ones, and the generators go on from
+    there. `"error"`: RuntimeError where one draws any.
+    """
+
+    def __init__(self, randomness: str, tensors: Any) -> None:
+        self._randomness = randomness
+        self._start = None if randomness == "different" else RandomState.of(tensors)
+
+    @contextmanager
+    def part(self, *, last: bool) -> Iterator[None]:
+        """Around one part, the `last` of them or not."""
+        if self._start is None:
+            yield
+            return
+        with Drawing(self._start) as drawing:
+            yield
+        if drawing.drew and self._randomness == "error":
+            raise RuntimeError('randomness="error": the model drew random numbers; "different" and "same" allow it')
+        if drawing.drew and last:
+            go_on_from(drawing.state, self._start)
+
+
+def go_on_from(state: RandomState, before: RandomState) -> None:
+    """Set the global generators to `state`, as if what was drawn since `before` had come from them.
+
+    Where another thread has drawn in the meantime they stay where they are now, and draw one number.
+    """
+    now = RandomState.of([torch.empty(0, device=f"cuda:{index}") for index in before.cuda])
+    if now.equals(before):
+        state.restore()
+    else:
+        torch.rand(())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Seeds
+
+
 class Reseeding:
     """Whether torch's global generator has been seeded anew since this object was made, until `end`.
 
-    The generator remembers its seed, and draws from the rest of its state. In the meantime it remembers another number,
-    so that the same seed is noticed too.
+    The state of a generator that has been seeded, and has not drawn since, follows from its seed. One that is in such a
+    state already remembers another seed in the meantime, so that the same seed is noticed too.
     """
 
     def __init__(self) -> None:
+        self._seed: Tensor | None = None
         with outside_transforms():
-            self._seed = torch.get_rng_state()[:_SEED].clone()
-            _mark(self._seed ^ 0x55)
-        self._expected = torch.initial_seed()
+            if self.happened():
+                self._seed = torch.get_rng_state()[:_SEED].clone()
+                self._other = self._seed ^ 0x55
+                _mark(self._other)
 
     def happened(self) -> bool:
-        """Whether the generator has another seed now."""
-        return torch.initial_seed() != self._expected
+        """Whether the generator is in the state that follows from its seed. Ask before a draw."""
+        with outside_transforms():
+            return _is_fresh(torch.get_rng_state())
 
     def end(self) -> None:
         """Give the generator its seed back, if nothing else has seeded it."""
-        if not self.happened():
-            _mark(self._seed)
+        with outside_transforms():
+            if self._seed is not None and torch.equal(torch.get_rng_state()[:_SEED], self._other):
+                _mark(self._seed)
 
 
 _SEED = 8
@@ -68,45 +308,13 @@ _SEED = 8
 
 
 def _mark(seed: Tensor) -> None:
-    with outside_transforms():  # torch.func.grad would refuse to write to a tensor of its surroundings
-        torch.set_rng_state(torch.cat([seed, torch.get_rng_state()[_SEED:]]))
+    torch.set_rng_state(torch.cat([seed, torch.get_rng_state()[_SEED:]]))
 
 
-@contextmanager
-def drawing_from(source: RandomState | int) -> Iterator[None]:
-    """Inside, the global generators draw from `source`, a state or a seed; afterwards they are as they were before."""
-    if isinstance(source, RandomState):
-        cuda = list(source.cuda)
-    else:
-        cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=cuda):
-        if isinstance(source, RandomState):
-            source.restore()
-        else:
-            torch.default_generator.manual_seed(source)
-            if cuda:
-                torch.cuda.manual_seed_all(source)
-        yield
-
-
-@contextmanager
-def repeatable(randomness: str, tensors: Any, *, last: bool) -> Iterator[None]:
-    """What vmap's `randomness` means for one of several parts of a computation, the `last` of them or not.
-
-    `"different"`: the next part draws other numbers. `"same"`: it draws the same ones again. `"error"`: RuntimeError
-    where this part draws any.
-    """
-    if randomness == "different":
-        yield
-        return
-    before = RandomState.of(tensors)
-    yield
-    if before.equals(RandomState.of(tensors)):
-        return
-    if randomness == "error":
-        raise RuntimeError('randomness="error": the model drew random numbers; "different" and "same" allow it')
-    if not last:
-        before.restore()
+def _is_fresh(state: Tensor) -> bool:
+    """Whether nothing has been drawn since the generator in this `state` was seeded."""
+    seed = int.from_bytes(bytes(state[:_SEED].tolist()), sys.byteorder)
+    return torch.equal(state, torch.Generator().manual_seed(seed).get_state())
 
 
 def cpu_generator(generator: torch.Generator | None) -> torch.Generator:

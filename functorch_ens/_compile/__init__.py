@@ -20,7 +20,7 @@ import torch
 from functorch_ens._compile.extras import compile_with_extras
 from functorch_ens._compile.guards import with_own_code
 from functorch_ens._torch import saved_tensor_hooks_kept
-from functorch_ens.rng import RandomState
+from functorch_ens.rng import Drawing, RandomState
 from functorch_ens.trees import take_apart
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Compiled:
         *,
         made: Collection[object] = (),
         one_by_one: Callable[..., bool] = lambda *_: False,
-        situation: Callable[[], Hashable] = lambda: None,
+        situation: Callable[..., Hashable] = lambda *_: None,
     ) -> None:
         """Note what to compile; the first call compiles.
 
@@ -78,7 +78,7 @@ class Compiled:
             options: the user's own, for torch.compile.
             made: objects that the objective holds and never changes; guards on them are dropped.
             one_by_one: whether the objective, called with these arguments, computes members one after another.
-            situation: what else the results depend on. Results in a new situation are compared again.
+            situation: what else the results for these arguments depend on; in a new one they are compared again.
         """
         self.by = None
         self.reason = ""
@@ -103,7 +103,7 @@ class Compiled:
             return self._start(arguments, self._options)
         if self.by == "eager":
             return self._compiled(*arguments)
-        situation = self._situation()
+        situation = self._situation(*arguments)
         try:
             with saved_tensor_hooks_kept():
                 if situation in self._compared:
@@ -126,17 +126,16 @@ class Compiled:
 
         torch's random state afterwards is that of one call.
         """
-        plain, before, after = self._by_plain_autograd(arguments)
+        plain, before, drew = self._by_plain_autograd(arguments)
         reasons: list[str] = []
-        situation = self._situation()
+        situation = self._situation(*arguments)
         for rung, attempt in list(self._rungs.items()):
             if rung not in self._rungs:
                 continue
-            before.restore()
             try:
                 with saved_tensor_hooks_kept():
                     compiled, result = attempt(options, arguments)
-                self._compare(result, plain, not before.equals(after), arguments)
+                self._compare(result, plain, drew, arguments)
             except (MemoryError, TimeoutError, ConnectionError, torch.OutOfMemoryError):
                 raise  # of the machine, and perhaps gone at the next call
             except Exception as error:  # the compiler's, for eager code has just computed this
@@ -147,6 +146,8 @@ class Compiled:
                     asked = options.get("fullgraph") and not of_backend
                     if asked and (rung == "torch.compile" or _is_of_dynamo(error)):
                         raise
+                if drew:
+                    before.restore()
                 reasons.append(_said(error))
                 log.info("the compilation by %s failed: %r", rung, error)
                 del self._rungs[rung]
@@ -161,29 +162,28 @@ class Compiled:
                     self._tell(f"torch.compile works only without what functorch_ens adds to it: {reasons[-1]}")
                 return result
         self._tell(f"torch.compile does not work here, so training goes on without it: {reasons[0]}")
-        after.restore()
         self.by, self._compiled = "eager", self._objective
-        return plain
+        return self._objective(*arguments) if drew else plain
 
     def _checked(self, compiled: Callable[..., Any], arguments: tuple[Any, ...], situation: Hashable) -> Any:
         """The compiled result, in a situation that is new; it must agree with that of plain autograd."""
-        plain, before, after = self._by_plain_autograd(arguments)
-        before.restore()
+        plain, before, drew = self._by_plain_autograd(arguments)
         result = compiled(*arguments)
         try:
-            self._compare(result, plain, not before.equals(after), arguments)
+            self._compare(result, plain, drew, arguments)
         except _Disagrees:
-            before.restore()
+            if drew:
+                before.restore()
             raise
         self._compared.add(situation)
         return result
 
-    def _by_plain_autograd(self, arguments: tuple[Any, ...]) -> tuple[Any, RandomState, RandomState]:
-        """What the objective returns as it is, and torch's random states before and after it."""
-        tensors = take_apart(arguments)[0]
-        before = RandomState.of(tensors)
-        plain = self._objective(*arguments)
-        return plain, before, RandomState.of(tensors)
+    def _by_plain_autograd(self, arguments: tuple[Any, ...]) -> tuple[Any, RandomState, bool]:
+        """What the objective returns as it is, torch's random state, which stays, and whether numbers were drawn."""
+        before = RandomState.of(take_apart(arguments)[0])
+        with Drawing(before) as drawing:
+            plain = self._objective(*arguments)
+        return plain, before, drawing.drew
 
     def _compare(self, result: Any, plain: Any, random: bool, arguments: tuple[Any, ...]) -> None:
         """Raise `_Disagrees` where `result`, compiled, is not that of plain autograd."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor
 
 from functorch_ens import _torch
-from functorch_ens.forward.template import Template
+from functorch_ens.anatomy import Anatomy
+from functorch_ens.forward.template import Modes, Templates
 from functorch_ens.forward.watch import Alone, Notes
 from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.rng import Draws
 from functorch_ens.trees import Form, Static, take_apart
-
-_LOCK = threading.RLock()
 
 
 class Members(NamedTuple):
@@ -85,6 +84,8 @@ def combined(parts: list[Returned], leaves: Callable[[list[Any]], Any], buffers:
 class Known:
     """What a forward knows of its model, from the model itself and from earlier calls."""
 
+    anatomy: Anatomy
+    templates: Templates
     takes_any_size: bool
     """Whether every layer is the same graph for any batch size under vmap."""
     unwatched: set[Hashable]
@@ -96,14 +97,14 @@ class Call:
 
     def __init__(
         self,
-        template: Template,
+        known: Known,
+        modes: Modes,
         E: int,
         params: EnsembleParams,
         buffers: Mapping[str, Tensor] | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         member_inputs: bool,
-        known: Known,
     ) -> None:
         inputs, self._arguments = take_apart((args, kwargs))
         if member_inputs:
@@ -111,8 +112,7 @@ class Call:
         self.E = E
         self.members = Members(params.shared, params.stacked, {} if buffers is None else dict(buffers), inputs)
         self.member_inputs = member_inputs
-        self.modes = template.modes()
-        self._template = template
+        self.modes = modes
         self.is_traced = _torch.is_traced(inputs)
         self.notes: Notes | None = None
         self._known = known
@@ -121,8 +121,8 @@ class Call:
             self.notes = None if self._situation in known.unwatched else Notes()
         self._alone = nullcontext() if self.notes is None else Alone(self.notes)
         self._returns_buffers = buffers is not None
-        self._own_buffers = template.own_buffers() if buffers is None else {}
-        given = [] if torch.compiler.is_compiling() else [*params.shared.items(), *params.stacked.items()]
+        self._own_buffers = known.anatomy.own_buffers if buffers is None else {}
+        given = [] if _torch.is_compiling() else [*params.shared.items(), *params.stacked.items()]
         self._versions = [(name, tensor, _torch.version(tensor)) for name, tensor in given]
 
     def _known_situation(self) -> Hashable:
@@ -133,7 +133,7 @@ class Call:
         if not all(value is None or isinstance(value, bool | int | float | str) for value in constants):
             return None
         flags = tuple(x.requires_grad for x in tensors)
-        return torch.is_grad_enabled(), tuple(self.modes), flags, shapes, constants
+        return torch.is_grad_enabled(), self.modes, flags, shapes, constants
 
     def end_watch(self) -> None:
         """After a call in which the modes of the watch had nothing to do: calls like it go without them."""
@@ -145,12 +145,16 @@ class Call:
         # A forward may write to its inputs and buffers in place, so it gets copies of them.
         args, kwargs = self._arguments.rebuild(iter([x.clone() for x in one.inputs]))
         copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **one.buffers}.items()}
-        with self._alone:
-            output, new = self._template({**one.shared, **one.stacked}, copies, args, kwargs)
+        weights = {**one.shared, **one.stacked}
+        if self.is_traced:
+            output, new = self._known.templates.traced(self.modes, weights, copies, args, kwargs)
+        else:
+            with self._known.templates.borrowed() as template, self._alone, self._draws():
+                output, new = template(self.modes, weights, copies, args, kwargs)
         updated: list[str] = []
         if any(self.modes):
             # Dynamo cannot read the version counter of a tensor that grad wraps: it notices replaced buffers alone.
-            versioned = not torch.compiler.is_compiling()
+            versioned = not _torch.is_compiling()
             updated = [
                 name
                 for name in self._own_buffers
@@ -169,20 +173,29 @@ class Call:
         return (output, returned.buffers) if self._returns_buffers else output
 
     @contextmanager
-    def replay(self) -> Iterator[None]:
-        """Inside, the template is in the modes of this call, and serves it alone: it holds one member's tensors."""
-        with nullcontext() if torch.compiler.is_compiling() else _LOCK:
-            self._template.follow(self.modes)
-            with self._alone.again() if isinstance(self._alone, Alone) else nullcontext():
+    def _draws(self) -> Iterator[None]:
+        """Inside, the call notes whether random numbers are drawn."""
+        if self.notes is None:
+            yield
+            return
+        draws = Draws()
+        try:
+            with draws:
                 yield
+        finally:
+            self.notes.drew |= draws.drew
+
+    def again(self) -> AbstractContextManager[None]:
+        """Around members that a backward pass computes again."""
+        return self._alone.again() if isinstance(self._alone, Alone) else nullcontext()
 
     def check_parameters(self) -> None:
         """ValueError, naming them, where the model has written to its parameters, and so to the caller's."""
         written = [name for name, tensor, version in self._versions if _torch.version(tensor) != version]
         if written:
             raise ValueError(
-                f"model: {self._template.kind} writes in place to its parameters {written}, which would change params; "
-                "do that outside its forward"
+                f"model: {self._known.anatomy.kind} writes in place to its parameters {written}, which would change "
+                "params; do that outside its forward"
             )
 
     def note(self) -> str:

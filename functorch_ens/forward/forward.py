@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from functorch_ens.forward.call import Call, Known, update_lost
 from functorch_ens.forward.failures import VmapCannot, is_of_vmap, is_transient
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
-from functorch_ens.forward.template import Template
+from functorch_ens.forward.template import Modes, Templates
 from functorch_ens.forward.watch import may_be_wrong
 from functorch_ens.layers.conv import CONVOLUTION
 from functorch_ens.layers.norm import RUNNING_NORM
@@ -90,15 +90,17 @@ class Forward:
         member_inputs: bool,
         rank1_side: str,
     ) -> None:
+        self._options = (model, strategy, chunk_size, randomness, member_inputs, rank1_side)
         self._anatomy = anatomy = Anatomy(model)
-        self._template = Template(anatomy, rank1_side)
         self._convolutions = {f"{name}.weight" if name else "weight" for name in anatomy.instances(CONVOLUTION)}
-        self._norms = list(anatomy.instances(RUNNING_NORM).items())
+        norms = anatomy.instances(RUNNING_NORM).items()
+        self._norms = [(anatomy.written.index(norm), name, norm) for name, norm in norms]
         self.member_inputs = member_inputs
         self._is_free = strategy == "auto"
-        self._known = Known(takes_any_size(anatomy), set())
+        self._known = Known(anatomy, Templates(anatomy, rank1_side), takes_any_size(anatomy), set())
         self._may_be_wrong = may_be_wrong(anatomy.modules.values())
         self._has_computed = False
+        self._settling = threading.Lock()
         found = obstacle(anatomy)
         self._plans = plans_for(strategy, randomness, chunk_size, found)
         self._use(found or self.plan.reason("") if self._is_free else "it was asked for", logging.INFO)
@@ -116,41 +118,62 @@ class Forward:
     @property
     def made(self) -> list[object]:
         """The objects that this forward has made and never changes, so that Dynamo need not guard them."""
-        return [self._known, *self._anatomy.facts, self._convolutions, *self._template.made]
+        return [self._known, *self._anatomy.facts, self._convolutions, *self._known.templates.traced.made]
 
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """Every member's output for the inputs `args` and `kwargs`, as `make_forward` describes."""
-        E = self.check(params, buffers)
-        call = Call(self._template, E, params, buffers, args, kwargs, self.member_inputs, self._known)
+        return self.called(params, args, kwargs, buffers, self.modes())
+
+    def called(
+        self,
+        params: EnsembleParams,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        buffers: Mapping[str, Tensor] | None,
+        modes: Modes,
+    ) -> Any:
+        """The same, with the modules in the given training modes, whatever those of the model are now."""
+        E = self.check(params, buffers, modes)
+        call = Call(self._known, modes, E, params, buffers, args, kwargs, self.member_inputs)
         if call.is_traced:
             if torch.compiler.is_exporting():
-                self._template.read()
+                self._known.templates.traced.read()
             plan = self.compiled_plan(params)
             if not self._known.takes_any_size and _torch.has_symbolic_sizes(call.members.inputs):
                 plan = plan.for_any_size()
-            with call.replay():
-                return call.result(run(call, plan))
-        with call.replay():
-            try:
-                return self._compute(call)
-            finally:
-                call.check_parameters()
+            return call.result(run(call, plan))
+        try:
+            return self._compute(call)
+        except NameError as error:
+            if not _torch.wait_for_traces(error):
+                raise
+            return self._compute(call)
+        finally:
+            call.check_parameters()
 
-    def mode(self, *, training: bool | None = None) -> AbstractContextManager[None]:
-        """Inside, the model is in training or eval mode, or (None) as it is; afterwards it is as it was before."""
-        return self._template.mode(training)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is the model and the options, and is made anew from them."""
+        return Forward, self._options
 
-    def modes(self) -> list[bool]:
-        """Which modules of the model are in training mode."""
-        return self._template.modes()
+    def modes(self, *, training: bool | None = None) -> Modes:
+        """Which modules of the model are in training mode: all, none, or (None) those that are now."""
+        if training is not None:
+            return (training,) * len(self._anatomy.written)
+        return tuple([module.training for module in self._anatomy.written])
 
-    def check(self, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> int:
+    def put_back(self, modes: Modes) -> None:
+        """Put the model into these modes, where a function of the user has left it in others."""
+        for module, mode in zip(self._anatomy.written, modes, strict=True):
+            if module.training is not mode:
+                module.training = mode
+
+    def check(self, params: EnsembleParams, buffers: Mapping[str, Tensor] | None, modes: Modes) -> int:
         """The number of members; TypeError or ValueError, as a call raises it, where these do not fit the model."""
         E = check_params(params, self._anatomy)
         if buffers is None:
-            self._check_no_update()
+            self._check_no_update(modes)
         else:
             check_buffers(buffers, self._anatomy, E)
         return E
@@ -171,19 +194,21 @@ class Forward:
 
     def _compute(self, call: Call) -> Any:
         """The result by the first plan that works, which is then the plan in use."""
-        if self.plan.strategy == "vmap" and _torch.every_module_has_backward_hooks():
-            self._settle(len(self._plans) - 1, VmapCannot("all modules have backward hooks, which vmap passes by", []))
+        plans = self._plans
+        if plans[0].strategy == "vmap" and _torch.every_module_has_backward_hooks():
+            why = VmapCannot("all modules have backward hooks, which vmap passes by", [])
+            plans = self._settle(plans, len(plans) - 1, why)
         before = RandomState.of([*call.members.shared.values(), *call.members.stacked.values()])
         failure: Exception | None = None
-        for index, plan in enumerate(self._plans):
-            if failure is not None:
+        for index, plan in enumerate(plans):
+            if failure is not None and (call.notes is None or call.notes.drew):
                 before.restore()
             if isinstance(failure, VmapCannot) and plan.strategy == "vmap":
                 continue
             try:
                 result = call.result(run(call, plan))
             except Exception as error:
-                if index + 1 < len(self._plans) and is_of_vmap(error):
+                if index + 1 < len(plans) and is_of_vmap(error):
                     failure = failure or error
                     continue
                 if not (is_transient(error) or _torch.inside_transform()):
@@ -192,20 +217,23 @@ class Forward:
                     raise error from None
                 raise
             if failure is not None:
-                self._settle(index, failure)
+                self._settle(plans, index, failure)
             call.end_watch()
             self._has_computed = True
             return result
         raise AssertionError("the loop over plans returns or raises")
 
-    def _settle(self, index: int, failure: Exception) -> None:
-        """Switch to the plan at `index`, because the first one raised `failure`."""
+    def _settle(self, plans: list[Plan], index: int, failure: Exception) -> list[Plan]:
+        """The plans from `index` on, which are now in use, because the first one raised `failure`."""
         where = f"{self._where(failure)}: {first_line(failure)}"
-        plan = self._plans[index]
+        plan = plans[index]
         if plan.probe:
             raise RuntimeError(f'vmap cannot serve {where}; strategy="loop" can') from failure
-        self._plans = self._plans[index:]
-        self._use(plan.reason(where), plan.level)
+        with self._settling:
+            if len(self._plans) > len(plans) - index:  # else another thread has come as far
+                self._plans = plans[index:]
+                self._use(plan.reason(where), plan.level)
+        return plans[index:]
 
     def _where(self, error: Exception) -> str:
         """The innermost module of the model that was at work when `error` was raised."""
@@ -214,15 +242,15 @@ class Forward:
         while trace is not None and not isinstance(error, VmapCannot):
             modules += [trace.tb_frame.f_locals.get(argument) for argument in ("self", "layer")]
             trace = trace.tb_next
-        found = [(name, module) for module in modules if (name := self._template.name_of(module))]
-        return f"{found[-1][0]} ({type(found[-1][1]).__name__})" if found else self._template.kind
+        found = [(name, module) for module in modules if (name := self._known.templates.name_of(module))]
+        return f"{found[-1][0]} ({type(found[-1][1]).__name__})" if found else self._anatomy.kind
 
     def _use(self, reason: str, level: int) -> None:
         self.reason = reason
-        log.log(level, "%s: strategy %r: %s", self._template.kind, self.strategy, reason)
+        log.log(level, "%s: strategy %r: %s", self._anatomy.kind, self.strategy, reason)
 
-    def _check_no_update(self) -> None:
+    def _check_no_update(self, modes: Modes) -> None:
         """Raise ValueError if a norm would update its running statistics and the new ones would be lost."""
-        updated = [name for name, norm in self._norms if norm.training and norm.running_mean is not None]
+        updated = [name for at, name, norm in self._norms if modes[at] and norm.running_mean is not None]
         if updated:
             raise ValueError(update_lost([f"{name}.running_mean" if name else "running_mean" for name in updated]))

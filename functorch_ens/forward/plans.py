@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from functorch_ens.forward.call import Call, Members, Returned, combined
 from functorch_ens.forward.watch import InsideMode, watched_vmap
-from functorch_ens.rng import repeatable
+from functorch_ens.rng import Parts
 
 STRATEGIES = ("auto", "vmap", "loop")
 """What `make_forward(strategy=...)` takes."""
@@ -125,8 +125,9 @@ class Loop(Plan):
     def compute(self, call: Call, members: Members) -> Returned:
         returned = []
         singles = members.split(None, call.member_inputs)
+        parts = Parts(self.randomness, singles[0])
         for index, single in enumerate(singles):
-            with repeatable(self.randomness, single, last=index == len(singles) - 1):
+            with parts.part(last=index == len(singles) - 1):
                 returned.append(call.member(single))
         return combined(returned, _stack, torch.stack)
 

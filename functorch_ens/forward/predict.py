@@ -42,7 +42,7 @@ def predict(
         kwargs: keyword arguments of the model. A tensor with N rows, also in a dict or a tuple, is cut along with them
             (with `member_inputs=True` also one `[E, N, ...]`); all else is given with every batch.
 
-    Returns: the output, any pytree or dataclass of tensors `[E, N, ...]`. Afterwards the model is in its mode again.
+    Returns: the output, any pytree or dataclass of tensors `[E, N, ...]`. The model itself stays in its mode.
 
     Raises: TypeError or ValueError where `inputs` are not tensors of one length N > 0, where a tensor in the output is
         not `[E, B, ...]`, and as `forward` does.
@@ -56,10 +56,11 @@ def predict(
     shapes = [list(x.shape) for x in inputs]
     if len({tuple(shape[:1]) for shape in shapes}) != 1 or not shapes[0] or not shapes[0][0]:
         raise ValueError(f"inputs: expected tensors of one length [N, ...], N > 0, got the shapes {shapes}")
-    E = forward.check(params, buffers)
+    modes = forward.modes(training=False)
+    E = forward.check(params, buffers, modes)
     parts: list[list[Tensor]] = []
     forms: list[Form] = []
-    with torch.no_grad(), forward.mode(training=False):
+    with torch.no_grad():
         N = shapes[0][0]
         for batch, named in zip(
             cut_rows(inputs, N, size), _cut(kwargs, N, size, E, forward.member_inputs), strict=True
@@ -68,7 +69,7 @@ def predict(
             given = given if isinstance(given, tuple) else (given,)
             if forward.member_inputs:
                 given = pytree.tree_map_only(Tensor, lambda x: repeat(x, "... -> e ...", e=E), given)
-            output = forward(params, *given, buffers=buffers, **named)
+            output = forward.called(params, given, named, buffers, modes)
             tensors, form = take_apart(output if buffers is None else output[0])
             rows = len(batch[0])
             strange = [list(tensor.shape) for tensor in tensors if tensor.shape[:2] != (E, rows)]

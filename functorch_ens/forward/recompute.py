@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from torch.func import vjp
 from functorch_ens import _torch
 from functorch_ens._torch import pytree
 from functorch_ens.anatomy import is_numeric
-from functorch_ens.rng import RandomState, drawing_from
+from functorch_ens.rng import Drawing, RandomState
 
 Result = TypeVar("Result", bound=tuple[Any, ...])
 
@@ -32,7 +32,7 @@ def recomputed(
     """
     leaves, spec = pytree.tree_flatten(argument)
     trained = [leaf.requires_grad for leaf in leaves]
-    if torch.compiler.is_compiling() or _torch.in_forward_mode() or not (torch.is_grad_enabled() and any(trained)):
+    if _torch.is_compiling() or _torch.in_forward_mode() or not (torch.is_grad_enabled() and any(trained)):
         return function(argument)
     form: pytree.TreeSpec
     constant: list[bool] = []
@@ -55,14 +55,15 @@ def recomputed(
         constant = [not leaf.requires_grad for leaf in outputs]
         return tuple(leaf.detach() for leaf in outputs)
 
-    surroundings = _surroundings(leaves)
+    before, casts = RandomState.of(leaves), _autocasts(leaves)
 
     @contextmanager
     def again() -> Iterator[None]:
-        with surroundings(), replay():
+        with nullcontext() if drew_nothing else Drawing(before), casts(), replay():
             yield
 
     outputs = _Recomputed.apply(first_time, flat, again, lambda: constant, *leaves)
+    drew_nothing = before.equals(RandomState.of(leaves))  # else this thread has drawn, or another one
     result: Result = pytree.tree_unflatten(list(outputs), form)
     return result
 
@@ -117,10 +118,9 @@ class _Recomputed(torch.autograd.Function):
         return *nothing, *(results.get(index) for index in range(len(tensors)))
 
 
-def _surroundings(tensors: list[Tensor]) -> Callable[[], AbstractContextManager[None]]:
-    """A context that brings back the present random state and autocast settings."""
-    state = RandomState.of(tensors)
-    casts: dict[str, dict[str, Any]] = {
+def _autocasts(tensors: list[Tensor]) -> Callable[[], AbstractContextManager[Any]]:
+    """A context that brings back the present settings of autocast."""
+    kinds: dict[str, dict[str, Any]] = {
         kind: {
             "enabled": torch.is_autocast_enabled(kind),
             "dtype": torch.get_autocast_dtype(kind),
@@ -129,12 +129,10 @@ def _surroundings(tensors: list[Tensor]) -> Callable[[], AbstractContextManager[
         for kind in {tensor.device.type for tensor in tensors}
     }
 
-    @contextmanager
-    def back() -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(drawing_from(state))
-            for kind, options in casts.items():
-                stack.enter_context(torch.autocast(kind, **options))
-            yield
+    def back() -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        for kind, options in kinds.items():
+            stack.enter_context(torch.autocast(kind, **options))
+        return stack
 
     return back

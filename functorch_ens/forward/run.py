@@ -10,7 +10,7 @@ from torch import Tensor
 from functorch_ens.forward.call import Call, Returned, combined
 from functorch_ens.forward.plans import Plan
 from functorch_ens.forward.recompute import recomputed
-from functorch_ens.rng import repeatable
+from functorch_ens.rng import Parts
 
 
 def run(call: Call, plan: Plan) -> Returned:
@@ -21,11 +21,12 @@ def run(call: Call, plan: Plan) -> Returned:
     # Clone the buffers: backward recomputes from them, and the caller may have overwritten them by then.
     everything = everything._replace(buffers={name: buffer.clone() for name, buffer in everything.buffers.items()})
     chunks = everything.split(size, call.member_inputs)
-    parts = []
+    parts = Parts(plan.randomness, chunks[0])
+    returned = []
     for index, chunk in enumerate(chunks):
-        with repeatable(plan.randomness, chunk, last=index == len(chunks) - 1):
-            parts.append(recomputed(lambda chunk: plan.compute(call, chunk), chunk, call.replay))
-    return combined(parts, _join, torch.cat)
+        with parts.part(last=index == len(chunks) - 1):
+            returned.append(recomputed(lambda chunk: plan.compute(call, chunk), chunk, call.again))
+    return combined(returned, _join, torch.cat)
 
 
 def _join(parts: list[Any]) -> Any:

@@ -69,11 +69,11 @@ class Snapshot:
             if members != kept:
                 members.clear()
                 members.update(kept)
-        if not torch.compiler.is_compiling():  # Dynamo cannot read a version counter
+        if not _torch.is_compiling():  # Dynamo cannot read a version counter
             for tensor, value, version in self._tensors:
                 if _torch.version(tensor) != version:
                     _write(tensor, value)
-        compiling = torch.compiler.is_compiling()
+        compiling = _torch.is_compiling()
         if compiling and not TRACES_DICT:
             self._reassign()
             return

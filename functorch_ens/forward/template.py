@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from functorch_ens.layers.weight import Rank1
 
 log = logging.getLogger(__name__)
 
+Modes = tuple[bool, ...]
+"""Which modules of a model are in training mode, in the order of `Anatomy.written`."""
+
 
 class Template:
     """A copy of the model on the meta device, which is called with the tensors of one member.
@@ -33,36 +38,33 @@ class Template:
         model = anatomy.model
         memo: dict[int, Any] = {}
         self._module = copy_structure(model, _on_meta, _on_meta, memo)
-        written = [module for module in model.modules() if not _torch.is_compiled(module)]
-        self._pairs = list(zip(written, self._module.modules(), strict=True))
+        self._modules = list(self._module.modules())
         blank = Anatomy(self._module)
-        for layer, own in self._pairs:
+        for layer, own in zip(anatomy.written, self._modules, strict=True):
             specialise(own, layer, blank.layouts_of(own), side)
-        self._buffers = anatomy.buffer_sites
         self._aliases = _aliases(anatomy.sites, blank.sites, blank.layouts) | _aliases(
-            self._buffers, blank.buffer_sites, {}
+            anatomy.buffer_sites, blank.buffer_sites, {}
         )
         self._layouts = anatomy.layouts
         self._hooks = {name: hooks for name, tensor in anatomy.parameters.items() if (hooks := _torch.hooks_of(tensor))}
-        late = [name for name, tensor in anatomy.parameters.items() if _torch.has_late_hooks(tensor)]
-        if late:
-            log.warning("%s: hooks that run after the gradients of %s are accumulated do not run", anatomy.kind, late)
-        self.kind = anatomy.kind
         self._pristine = Snapshot(self._module, {id(value) for value in memo.values()})
 
     def __call__(
         self,
+        modes: Modes,
         tensors: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Any, dict[str, Tensor]]:
         """The output of one member, and its new buffers. The forward may write to `buffers` in place."""
+        for own, mode in zip(self._modules, modes, strict=True):
+            own.training = mode  # unconditionally: Dynamo would guard on a value that is read
         if self._hooks:
             tensors = self._hooked(tensors)
         given = {alias: tensor for name, tensor in {**tensors, **buffers}.items() for alias in self._aliases[name]}
         try:
-            with nullcontext() if torch.compiler.is_compiling() else _torch.checkpoints_passed_over():
+            with nullcontext() if _torch.is_compiling() else _torch.checkpoints_passed_over():
                 output = functional_call(self._module, given, args, kwargs, tie_weights=False)
         finally:
             self._pristine.restore()
@@ -98,35 +100,46 @@ class Template:
         """The objects that this template has made and never changes. The model's own modules are not among them."""
         return [*self._module.modules(), self._pristine, self._aliases, self._hooks]
 
-    def own_buffers(self) -> dict[str, Tensor]:
-        """The model's own buffers, as they are now."""
-        found = {name: places[0].buffer for name, places in self._buffers.items()}
-        return {name: buffer for name, buffer in found.items() if buffer is not None}
-
-    def modes(self) -> list[bool]:
-        """Which modules of the model are in training mode."""
-        return [module.training for module, _ in self._pairs]
-
-    @contextmanager
-    def mode(self, training: bool | None) -> Iterator[None]:
-        """Inside, the model is in training or eval mode, or (None) as it is; afterwards every module is as it was."""
-        before = self.modes()
-        try:
-            for module, _ in self._pairs:
-                module.training = module.training if training is None else training
-            yield
-        finally:
-            for (module, _), was in zip(self._pairs, before, strict=True):
-                module.training = was
-
-    def follow(self, modes: list[bool]) -> None:
-        """Put every module of the copy into the mode that `modes` has for it."""
-        for (_, own), mode in zip(self._pairs, modes, strict=True):
-            own.training = mode  # unconditionally: Dynamo would guard on a value that is read
-
     def name_of(self, module: Any) -> str | None:
         """The qualified name of `module`, where it is part of the copy; else None."""
         return next((name for name, own in self._module.named_modules() if own is module), None)
+
+
+class Templates:
+    """The templates of one model: a compiler traces one of them, and each call that is computed borrows another.
+
+    So calls in several threads, and a model that calls its own ensemble, do not meet in one template.
+    """
+
+    traced: Template
+    """The one that compilers trace. Nothing else uses it, so a call while another thread compiles is not disturbed."""
+
+    def __init__(self, anatomy: Anatomy, side: str) -> None:
+        self._make = torch.inference_mode(False)(partial(Template, anatomy, side))  # for calls outside of it too
+        self.traced = self._make()
+        self._idle: deque[Template] = deque()
+        late = [name for name, tensor in anatomy.parameters.items() if _torch.has_late_hooks(tensor)]
+        if late:
+            log.warning("%s: hooks that run after the gradients of %s are accumulated do not run", anatomy.kind, late)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[Template]:
+        """A template for this call alone. An interrupted one is not used again."""
+        try:
+            template = self._idle.pop()
+        except IndexError:
+            template = self._make()
+        try:
+            yield template
+        except Exception:
+            self._idle.append(template)
+            raise
+        self._idle.append(template)
+
+    def name_of(self, module: Any) -> str | None:
+        """The qualified name of `module`, where it is part of a template that is at rest; else None."""
+        found = (template.name_of(module) for template in (self.traced, *self._idle))
+        return next((name for name in found if name is not None), None)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from functorch_ens import _torch
 from functorch_ens._torch import pytree
 from functorch_ens.forward.failures import VmapCannot, is_transient
-from functorch_ens.rng import Reseeding
+from functorch_ens.rng import Draws, Reseeding
 
 _IN_PLACE = "whose backward pass fails"
 WRONG_UNDER_VMAP = {
@@ -42,6 +42,8 @@ class Notes:
 
     are_needed = False
     """Whether a mode has done something, so that it has to be in force at the next call of this kind too."""
+    drew = False
+    """Whether random numbers were drawn from torch's global generators."""
 
 
 def watched_vmap(
@@ -64,7 +66,7 @@ def watched_vmap(
     Raises: VmapCannot where `function` does something that vmap computes wrongly. It is raised after `function` has
         ended, so that no handler in it catches it.
     """
-    if notes is None or torch.compiler.is_compiling():
+    if notes is None or _torch.is_compiling():
         return vmap(function, randomness=randomness)(*tensors)
     watch = _Watch(randomness, keep, notes)
 
@@ -73,14 +75,16 @@ def watched_vmap(
             watch.remember(each)
         return function(*slices)
 
+    draws = Draws(before=watch.look_at_seed)
     try:
-        with watch:
+        with watch, draws:
             result = vmap(watched, randomness=randomness)(*tensors)
     except Exception as error:
         if watch.problem is not None and not is_transient(error):
             raise watch.problem from error
         raise
     finally:
+        notes.drew |= draws.drew
         watch.unwrap_what_is_kept()
     if watch.problem is not None:
         raise watch.problem
@@ -98,7 +102,7 @@ class InsideMode(TorchFunctionMode):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`func(*args, **kwargs)`. Where `func` is a function of Python, its calls of torch come to this mode too."""
-        if type(func) is not FunctionType or func is self._running or torch.compiler.is_compiling():
+        if type(func) is not FunctionType or func is self._running or _torch.is_compiling():
             return func(*args, **kwargs)
         before, self._running = self._running, func  # a function that hands itself on again is called as it is
         try:
@@ -201,7 +205,10 @@ class _Watch(InsideMode):
             self._note(f"it calls {_HOOKS[func]} on a tensor, which under vmap is that of all members")
         elif kwargs.get("generator") is not None and _any_wrapped(args, kwargs):
             self._note("it draws random numbers by a generator of its own, from values that differ between members")
-        elif self._randomness == "different" and self._seeding.happened():
+
+    def look_at_seed(self) -> None:
+        """Before a draw: note where the model has seeded torch's generator."""
+        if self._randomness == "different" and self.problem is None and self._seeding.happened():
             self._note("it seeds torch's generator, and then every member draws the same numbers")
 
     def _read(self, func: Any, tensor: Tensor) -> Any:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from functorch_ens._torch import is_batched
+from functorch_ens._torch import is_batched, is_compiling
 from functorch_ens.anatomy import Layout
 
 SIDES = ("auto", "activation", "weight")
@@ -60,7 +60,7 @@ def _is_choice(x: Tensor, own: Tensor) -> bool:
 
     Dynamo cannot trace the question. A compiled graph always calls the operator, which costs nothing there.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return True
     return not _is_less(x.numel(), FEW) and is_batched(own) and not is_batched(x)
 

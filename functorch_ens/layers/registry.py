@@ -8,10 +8,10 @@ layouts and rules by `rank1_layout` and `rank1_rule`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -210,7 +210,13 @@ def _defines(cls: type, layer: nn.Module, method: str) -> bool:
     return owner is cls and method not in vars(layer)
 
 
-@cache  # Layers that are alike get the same class, so torch.compile reuses its code for templates of one structure.
+_made: WeakValueDictionary[Hashable, type[nn.Module]] = WeakValueDictionary()
+"""Layers that are alike get the same class, so torch.compile reuses its code for templates of one structure.
+
+A class goes with the last template that has it: torch makes a class of its own for each parametrised layer.
+"""
+
+
 def _specialised(
     cls: Any,
     pure: tuple[tuple[str, Callable[..., Any]], ...],
@@ -219,6 +225,17 @@ def _specialised(
     side: str,
 ) -> type[nn.Module]:
     """A subclass of `cls` with the methods `pure`, whose weights in `layouts` read their `r` and `s` where given."""
+    key = id(cls), pure, layouts, rule, side  # the subclass keeps cls alive, so nothing else gets its id
+    return _made.get(key) or _made.setdefault(key, _subclass(cls, pure, layouts, rule, side))
+
+
+def _subclass(
+    cls: Any,
+    pure: tuple[tuple[str, Callable[..., Any]], ...],
+    layouts: tuple[tuple[str, Layout], ...],
+    rule: Rule | None,
+    side: str,
+) -> type[nn.Module]:
     methods = dict(pure)
     plain = methods.get("forward", cls.forward)
 

@@ -14,7 +14,7 @@ from functorch_ens._torch import reset_of
 from functorch_ens.anatomy import Anatomy, is_numeric
 from functorch_ens.checks import check_keys
 from functorch_ens.copies import copy_structure
-from functorch_ens.rng import MAX_SEED, drawing_from
+from functorch_ens.rng import MAX_SEED, Drawing, RandomState
 
 
 def fresh_members(
@@ -36,7 +36,7 @@ def fresh_members(
     for index, seed in enumerate(
         torch.randint(MAX_SEED, (max(copies.values()),), generator=generator, device="cpu").tolist()
     ):
-        with drawing_from(seed), torch.no_grad():
+        with Drawing(RandomState.seeded(seed)), torch.no_grad():
             drawn, untouched = draw()
         copied |= untouched
         for name, stack in stacks.items():

@@ -158,6 +158,8 @@ class _Run:
         self._buffers = None if buffers is None else dict(buffers)
         self._generator = generator or torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         self._scheduler = scheduler
+        self.modes = step.forward.modes()
+        """Those of the model at the start, in which all steps are made."""
         self._together = bool(step._trained(params).params.shared)
         self._patience = None if patience is None else Patience(patience, params.E, self._together)
         self._failed: set[int] = set()
@@ -174,7 +176,8 @@ class _Run:
         count = 0
         for batch in given:
             batch = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-            losses, new = advance(self._step, self._params, batch, self._buffers, {}, partial(self._stop_failed, count))
+            look = partial(self._stop_failed, count)
+            losses, new = advance(self._step, self._params, batch, self._buffers, {}, modes=self.modes, look=look)
             self._buffers = None if self._buffers is None else new
             losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
             total = losses.clone() if total is None else total + losses
@@ -227,8 +230,11 @@ class _Run:
         """Add the results of `evaluate` to the history, and stop members that have waited too long."""
         results: dict[str, Tensor] = {}
         if evaluate is not None:
-            with torch.no_grad(), self._step.forward.mode():
-                found = evaluate(self._params, self._buffers)
+            try:
+                with torch.no_grad():
+                    found = evaluate(self._params, self._buffers)
+            finally:
+                self._step.forward.put_back(self.modes)
             if not isinstance(found, Mapping) or "loss" in found:
                 raise ValueError(f'evaluate: expected a dict of results, "loss" not among them, got {shown(found)}')
             results = {name: torch.as_tensor(value).detach().cpu() for name, value in found.items()}

@@ -18,6 +18,7 @@ from torch.func import grad
 from functorch_ens.checks import shown
 from functorch_ens.forward.call import check_member_axis
 from functorch_ens.forward.forward import Forward
+from functorch_ens.forward.template import Modes
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.training.losses import Loss, MemberLosses
 from functorch_ens.training.optim import with_strides_of
@@ -51,12 +52,14 @@ class Work(NamedTuple):
     """Keyword arguments of the loss, one value for each member: `{name: [E, ...]}`."""
     batch: tuple[Any, ...]
     kwargs: dict[str, Any]
+    modes: Modes
+    """Which modules of the model are in training mode."""
 
     def part(self, rows: slice, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> Work:
         """The members `rows`: their slices of every stacked tensor, with their `batch` and `kwargs`."""
         trained, fixed = (p._replace(stacked=members(p.stacked, rows)) for p in (self.trained, self.fixed))
         buffers = None if self.buffers is None else members(dict(self.buffers), rows)
-        return Work(trained, fixed, buffers, members(self.values, rows), batch, kwargs)
+        return Work(trained, fixed, buffers, members(self.values, rows), batch, kwargs, self.modes)
 
 
 Compute = Callable[[int, Work, bool], Gradients]
@@ -158,11 +161,11 @@ class Objective:
 
     def total(self, E: int, work: Work, prepared: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The summed (or averaged) losses, the losses `[E]` and the new buffers."""
-        trained, fixed, buffers, values, batch, kwargs = work
+        trained, fixed, buffers, values, batch, kwargs, modes = work
         *inputs, target = batch if prepared else self.prepared(batch)
         params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
         with self._precision(params.stacked.values()):
-            outputs = self.forward(params, *inputs, buffers=buffers, **kwargs)
+            outputs = self.forward.called(params, tuple(inputs), kwargs, buffers, modes)
             outputs, new = (outputs, {}) if buffers is None else outputs
             losses = self.losses(outputs, target, member_targets=self.member_targets, values=values)
         return losses.sum() if self._reduction == "sum" else losses.sum() / E, losses, new
@@ -260,7 +263,7 @@ def by_parts(
     Use or copy a part before the next is asked for: CUDA graphs write the results of the next into the same memory.
     """
     forward = objective.forward
-    E = forward.check(params, work.buffers)  # here, because slices hide a member axis that is too long
+    E = forward.check(params, work.buffers, work.modes)  # here, because slices hide a member axis that is too long
     with torch.no_grad():
         # Once for all parts: `prepare` may be random, and its index may pick the members' own data.
         batch = objective.prepared(work.batch)

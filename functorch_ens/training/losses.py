@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
-from functorch_ens._torch import has_symbolic_sizes
+from functorch_ens._torch import has_symbolic_sizes, is_compiling
 from functorch_ens.checks import check_of_members, first_line
 from functorch_ens.forward.failures import is_of_vmap, is_transient
 from functorch_ens.forward.watch import Notes, watched_vmap
@@ -132,7 +132,7 @@ class MemberLosses:
 
     def _computed(self, of_one: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
         """The losses of all members, by the strategy in use; and by the loop where vmap cannot serve the loss."""
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         if self.strategy == "loop" or (compiling and has_symbolic_sizes(tensors)):  # vmap makes a graph for each size
             return _by_loop(of_one, tensors)
         if compiling:
@@ -150,7 +150,8 @@ class MemberLosses:
             if notes is not None and not notes.are_needed:
                 self._unwatched.add(situation)
             return losses
-        before.restore()
+        if (notes is None or notes.drew) and not before.equals(RandomState.of(tensors)):
+            before.restore()
         try:
             losses = _by_loop(of_one, tensors)
         except Exception as error:
@@ -182,7 +183,7 @@ def _count(outputs: list[Tensor], targets: list[Tensor]) -> int:
 
 def _check_not_of_members(outputs: list[Tensor], targets: list[Tensor]) -> None:
     """ValueError where a target is `[E, B, ...]`: it would broadcast, and every member would learn from all of it."""
-    if len(outputs) != 1 or outputs[0].ndim < 2 or torch.compiler.is_compiling():
+    if len(outputs) != 1 or outputs[0].ndim < 2 or is_compiling():
         return
     E, B, *rest = outputs[0].shape
     for target in targets:

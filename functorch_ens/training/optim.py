@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
@@ -123,6 +124,8 @@ class Trained:
     """The parameters that are trained."""
     fixed: EnsembleParams
     """The others."""
+    fusable: set[int]
+    """The ids of the optimiser's tensors that a fused kernel can update."""
 
     def __init__(self, optimizer: Optimizer, params: EnsembleParams) -> None:
         check_is_params(params)
@@ -151,6 +154,11 @@ class Trained:
         twice = [name for (name, _), times in count.items() if times > 1 or name in self.whole]
         if twice:
             raise ValueError(f"params: the optimizer trains {twice[0]} twice: as a whole and by members, or one again")
+        self.fusable = {
+            id(tensor)
+            for tensor in tensors
+            if tensor.is_floating_point() and tensor.device.type in _FUSED_DEVICES and is_dense(tensor)
+        }
         chosen = {*self.whole, *(name for name, _, _ in self.slices)}
         self.params, self.fixed = (
             EnsembleParams(
@@ -214,15 +222,30 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def use_fused_kernels(optimizer: Optimizer) -> None:
-    """Turn `fused` on where the user left it open; torch itself does so on a GPU only."""
-    if optimizer.state:  # it is laid out for the unfused kernel already
-        return
-    for group in optimizer.param_groups:
-        open_to_it = "fused" in group and group["fused"] is None and not group["foreach"]
-        served = all(
-            tensor.is_floating_point() and tensor.device.type in _FUSED_DEVICES and is_dense(tensor)
-            for tensor in group["params"]
-        )
-        if open_to_it and served and not group.get("differentiable"):
+@contextmanager
+def fused_kernels(optimizer: Optimizer, trained: Trained) -> Iterator[None]:
+    """Inside, `fused` is on where the user left it open; torch itself does so on a GPU only.
+
+    Afterwards it is open again: fused kernels update wrongly by gradients of other strides, which a user's own loop may
+    give to the same optimiser.
+    """
+    groups = [group for group in optimizer.param_groups if _can_be_fused(group, trained, optimizer.state)]
+    try:
+        for group in groups:
             group["fused"] = True
+        yield
+    finally:
+        for group in groups:
+            group["fused"] = None
+
+
+def _can_be_fused(group: dict[str, Any], trained: Trained, state: Mapping[Tensor, Any]) -> bool:
+    """Whether `fused` is open, and a fused kernel serves all tensors of the group, and their state."""
+    open_to_it = "fused" in group and group["fused"] is None and not group["foreach"] and not group["differentiable"]
+    if not open_to_it or not all(id(tensor) in trained.fusable for tensor in group["params"]):
+        return False
+    # An unfused kernel counts its steps on the CPU, and in the default dtype.
+    steps = [(tensor.device, state[tensor].get("step")) for tensor in group["params"] if tensor in state]
+    return all(
+        (step.device, step.dtype) == (device, torch.float32) for device, step in steps if isinstance(step, Tensor)
+    )

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from functorch_ens.checks import check_bool, check_number, check_option, check_positive_int
 from functorch_ens.forward.forward import Forward
 from functorch_ens.forward.plans import Plan
+from functorch_ens.forward.template import Modes
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.training.clipping import clipped
 from functorch_ens.training.gradients import (
@@ -24,7 +25,7 @@ from functorch_ens.training.gradients import (
     collected,
 )
 from functorch_ens.training.losses import Loss, check_values
-from functorch_ens.training.optim import Finder, Trained, use_fused_kernels
+from functorch_ens.training.optim import Finder, Trained
 from functorch_ens.training.update import Update, can_be_parted
 
 
@@ -135,7 +136,10 @@ class TrainStep:
         """The `Compiled` objective, made by the first call: making it imports torch's compiler."""
         self._trained = Finder(optimizer)
         self._scratch: dict[str, Tensor] = {}
-        use_fused_kernels(optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the step as it was made. Its optimiser has the tensors of `params`: pickle both together."""
+        return {**vars(self), "_compiled": None, "_trained": Finder(self.optimizer), "_scratch": {}}
 
     @property
     def forward(self) -> Forward:
@@ -244,7 +248,7 @@ class TrainStep:
                 self._options,
                 made=[*self.forward.made, self._objective.losses],
                 one_by_one=lambda E, work, prepared: _plan(self, work.trained).one_by_one,
-                situation=lambda: (self.forward.strategy, self._objective.losses.strategy, *self.forward.modes()),
+                situation=lambda E, work, _: (self.forward.strategy, self._objective.losses.strategy, *work.modes),
             )
         return self._compiled(E, work, prepared)
 
@@ -254,9 +258,11 @@ class TrainStep:
         batch: tuple[Any, ...],
         buffers: Mapping[str, Tensor] | None,
         kwargs: dict[str, Any],
+        modes: Modes | None = None,
     ) -> Work:
         trained = self._trained(params)
-        return Work(trained.params, trained.fixed, buffers, check_values(self._values, params.E), batch, kwargs)
+        values = check_values(self._values, params.E)
+        return Work(trained.params, trained.fixed, buffers, values, batch, kwargs, modes or self.forward.modes())
 
     def _clipped(self, gradients: dict[str, Tensor], params: EnsembleParams) -> dict[str, Tensor]:
         return gradients if self._clip is None else clipped(gradients, params.stacked, self.stopped, *self._clip)
@@ -282,14 +288,16 @@ def advance(
     batch: tuple[Any, ...],
     buffers: Mapping[str, Tensor] | None,
     kwargs: dict[str, Any],
+    *,
+    modes: Modes | None = None,
     look: Look | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One whole step: the losses of all members, and the new buffers.
 
-    `look` is called with the losses of members before these are updated. Members that it adds to `step.stopped` are
-    not updated.
+    `modes` says which modules are in training mode; None: as the model says now. `look` is called with the losses of
+    members before these are updated. Members that it adds to `step.stopped` are not updated.
     """
-    work, size = step._work(params, batch, buffers, kwargs), _plan(step, params).at_a_time(params.E)
+    work, size = step._work(params, batch, buffers, kwargs, modes), _plan(step, params).at_a_time(params.E)
     clips_whole = step._clip is not None and step._clip[1] == "ensemble"
     if size < params.E and step._accumulate == 1 and not clips_whole:
         trained = step._trained(params)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from functorch_ens._torch import has_step_hooks
-from functorch_ens.training.optim import Trained, is_dense
+from functorch_ens.training.optim import Trained, fused_kernels, is_dense
 from functorch_ens.trees import members
 
 # These update each number of a tensor independently of the others. (A subclass may do anything.)
@@ -73,6 +73,10 @@ class Update:
         still = [i - first for i in sorted(stopped) if i >= first and (end is None or i < end)]
         gradients = _apart(gradients)
         whole = {name: self._trained.whole[name] for name in gradients if name in self._trained.whole}
+        held = [tensor for group in self._optimizer.param_groups for tensor in group["params"]]
+        left = [(tensor, tensor.grad) for tensor in held]
+        for tensor in held:
+            tensor.grad = None
         parts = whole if rows is None else members({name: stack.detach() for name, stack in whole.items()}, rows)
         for name, part in parts.items():
             part.grad = _zero_in(gradients[name], still) if still else gradients[name]
@@ -80,12 +84,12 @@ class Update:
             tensor.grad = gradients[name][i] if name in gradients and i not in stopped else None
         kept = {name: part.detach()[still] for name, part in parts.items()} if still else {}
         try:
-            with nullcontext() if rows is None else self._exchanged(whole, parts, rows):
+            exchanged = nullcontext() if rows is None else self._exchanged(whole, parts, rows)
+            with fused_kernels(self._optimizer, self._trained), exchanged:
                 self._optimizer.step()
         finally:
-            slices = (tensor for _, _, tensor in self._trained.slices)
-            for tensor in (*whole.values(), *parts.values(), *slices):
-                tensor.grad = None
+            for tensor, gradient in left:
+                tensor.grad = gradient
             for name, values in kept.items():
                 parts[name].detach()[still] = values
 

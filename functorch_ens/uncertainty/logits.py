@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from functorch_ens._torch import is_under_vmap
+from functorch_ens._torch import is_compiling, is_under_vmap
 
 
 def check_logits(logits: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def check_floating(tensor: Tensor, argument: str) -> None:
 
 def shows_values(tensor: Tensor) -> bool:
     """Whether Python can read the values of `tensor`: not within torch.compile, under vmap or on the meta device."""
-    return not (torch.compiler.is_compiling() or tensor.is_meta or is_under_vmap(tensor))
+    return not (is_compiling() or tensor.is_meta or is_under_vmap(tensor))
 
 
 def check_labels(y: Tensor, logits: Tensor) -> Tensor:

@@ -334,7 +334,7 @@ def test_the_first_obstacle_is_named() -> None:
 
 def test_layers_that_are_alike_share_a_class() -> None:
     """torch.compile guards on the class of a layer: it can reuse its code only where that is the same."""
-    copies = [fe.make_forward(nn.Linear(3, 2))._template._module for _ in range(2)]
-    other = fe.make_forward(nn.Linear(3, 2), rank1_side="activation")._template._module
+    copies = [fe.make_forward(nn.Linear(3, 2))._known.templates.traced._module for _ in range(2)]
+    other = fe.make_forward(nn.Linear(3, 2), rank1_side="activation")._known.templates.traced._module
     assert type(copies[0]) is type(copies[1]) is not type(other)
     assert isinstance(other, nn.Linear) and type(other).__name__ == "Linear"

@@ -378,7 +378,7 @@ def test_a_new_situation_is_compared_anew() -> None:
             return x if training else 2 * x
 
     training = True
-    compiled = Compiled(Sometimes(1.0, 1.0), {"backend": "eager"}, situation=lambda: training)
+    compiled = Compiled(Sometimes(1.0, 1.0), {"backend": "eager"}, situation=lambda *_: training)
     assert compiled(torch.ones(2)).tolist() == [1, 1]
     assert compiled.by == "functorch_ens"
     training = False

@@ -161,18 +161,64 @@ def test_a_parameter_that_is_not_contiguous_gets_a_gradient_of_its_strides() -> 
     assert_same(trained[0], trained[1], tolerance=1e-9)
 
 
-def test_left_open_fused_is_turned_on_and_a_choice_is_kept() -> None:
-    model = nn.Linear(3, 2)
-    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
-    for make, expected in (
+@pytest.mark.parametrize(
+    ("make", "inside"),
+    [
         (torch.optim.Adam, True),
         (partial(torch.optim.Adam, fused=False), False),
         (partial(torch.optim.AdamW, foreach=True), None),
-        (partial(torch.optim.SGD, differentiable=True), None),
-    ):
-        optimizer = make(tree_leaves(params))
-        fe.make_train_step(forward, F.mse_loss, optimizer)
-        assert optimizer.param_groups[0]["fused"] is expected
+    ],
+)
+def test_fused_is_on_for_the_step_alone_where_it_was_left_open(make: Any, inside: bool | None) -> None:
+    model = nn.Linear(3, 2)
+    params = fe.ensemble_params(model, 2)
+    optimizer, seen = make(tree_leaves(params)), []
+    optimizer.register_step_pre_hook(lambda held, *_: seen.append(held.param_groups[0]["fused"]))
+    step = fe.make_train_step(fe.make_forward(model), F.mse_loss, optimizer, compile=False)
+    before = optimizer.param_groups[0]["fused"]
+    step(params, torch.ones(4, 3), torch.ones(4, 2))
+    assert seen == [inside] and optimizer.param_groups[0]["fused"] is before
+
+
+def test_the_optimiser_works_in_a_loop_of_the_users_own_after_a_step() -> None:
+    """The fused kernel on a CPU goes wrong on gradients of other strides, as torch.func gives them."""
+    model, x = nn.Linear(6, 5).double(), randn(16, 6)
+    y, trained = x @ randn(6, 5), []
+    for first in (True, False):
+        torch.manual_seed(0)
+        params = fe.ensemble_params(model, 3, generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.Adam(tree_leaves(params), lr=0.05)
+        forward = fe.make_forward(model)
+        step = fe.make_train_step(forward, F.mse_loss, optimizer, compile=False)
+        if first:
+            step(params, x, y)
+        else:
+            fe.member_losses(F.mse_loss, forward(params, x), y).sum().backward()
+            optimizer.step()
+        for _ in range(20):
+            optimizer.zero_grad()
+            losses = fe.member_losses(F.mse_loss, forward(params, x), y)
+            leaves = tree_leaves(params)
+            for tensor, slope in zip(leaves, torch.autograd.grad(losses.sum(), leaves), strict=True):
+                tensor.grad = slope.transpose(-1, -2).contiguous().transpose(-1, -2) if slope.ndim == 3 else slope
+            optimizer.step()
+        trained.append(params)
+    assert_same(trained[0], trained[1], tolerance=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_gradients_that_the_user_keeps_on_parameters_stay(chunk: int | None) -> None:
+    model = nn.Linear(300, 200)
+    params = fe.ensemble_params(model, 2)
+    kept = {name: torch.ones_like(tensor) for name, tensor in params.stacked.items()}
+    for name, tensor in params.stacked.items():
+        tensor.grad = kept[name]
+    step = fe.make_train_step(
+        fe.make_forward(model, chunk_size=chunk), F.mse_loss, torch.optim.SGD(tree_leaves(params), 0.1), compile=False
+    )
+    step(params, torch.ones(4, 300), torch.ones(4, 200))
+    assert all(tensor.grad is kept[name] for name, tensor in params.stacked.items())
+    assert all((gradient == 1).all() for gradient in kept.values())
 
 
 def test_only_what_the_optimiser_holds_is_trained() -> None:
