@@ -12,6 +12,7 @@ from torch import Tensor
 
 from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
+from functorch_ens.forward.settings import Settings
 from functorch_ens.forward.template import Modes, Templates
 from functorch_ens.forward.watch import Alone, Notes
 from functorch_ens.params.pytree import EnsembleParams
@@ -86,6 +87,7 @@ class Known:
 
     anatomy: Anatomy
     templates: Templates
+    settings: Settings
     takes_any_size: bool
     """Whether every layer is the same graph for any batch size under vmap."""
     unwatched: set[Hashable]

@@ -17,6 +17,7 @@ from functorch_ens.forward.call import Call, Known, update_lost
 from functorch_ens.forward.failures import VmapCannot, is_of_vmap, is_transient
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
+from functorch_ens.forward.settings import Settings
 from functorch_ens.forward.template import Modes, Templates
 from functorch_ens.forward.watch import may_be_wrong
 from functorch_ens.layers.conv import CONVOLUTION
@@ -80,6 +81,8 @@ class Forward:
     """Why its plan is the one in use."""
     member_inputs: bool
     """Whether every tensor input has a leading member axis."""
+    revision: int
+    """How many times the user has changed the model (a constant, a hook, a submodule), and a call has noticed."""
 
     def __init__(
         self,
@@ -91,19 +94,37 @@ class Forward:
         rank1_side: str,
     ) -> None:
         self._options = (model, strategy, chunk_size, randomness, member_inputs, rank1_side)
+        self.member_inputs = member_inputs
+        self._is_free = strategy == "auto"
+        self._lock = threading.Lock()
+        self.revision = 0
+        self._build()
+
+    def _build(self) -> None:
+        """Look at the model as it is now."""
+        model, strategy, chunk_size, randomness, _, rank1_side = self._options
         self._anatomy = anatomy = Anatomy(model)
         self._convolutions = {f"{name}.weight" if name else "weight" for name in anatomy.instances(CONVOLUTION)}
         norms = anatomy.instances(RUNNING_NORM).items()
         self._norms = [(anatomy.written.index(norm), name, norm) for name, norm in norms]
-        self.member_inputs = member_inputs
-        self._is_free = strategy == "auto"
-        self._known = Known(anatomy, Templates(anatomy, rank1_side), takes_any_size(anatomy), set())
+        templates, settings = Templates(anatomy, rank1_side), Settings(anatomy)
+        self._known = Known(anatomy, templates, settings, takes_any_size(anatomy), set())
         self._may_be_wrong = may_be_wrong(anatomy.modules.values())
         self._has_computed = False
-        self._settling = threading.Lock()
         found = obstacle(anatomy)
         self._plans = plans_for(strategy, randomness, chunk_size, found)
         self._use(found or self.plan.reason("") if self._is_free else "it was asked for", logging.INFO)
+
+    def refresh(self) -> None:
+        """Where the user has changed the model since, look at it anew, and raise `revision`."""
+        changed = self._known.settings.changed()
+        if changed is None:
+            return
+        with self._lock:
+            if self._known.settings.changed() is not None:  # else another thread has come first
+                log.info("%s: %s has changed, so the forward is made anew", self._anatomy.kind, changed)
+                self._build()
+                self.revision += 1
 
     @property
     def plan(self) -> Plan:
@@ -124,6 +145,10 @@ class Forward:
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """Every member's output for the inputs `args` and `kwargs`, as `make_forward` describes."""
+        if _torch.is_compiling():
+            self._check_constants()
+        else:
+            self.refresh()
         return self.called(params, args, kwargs, buffers, self.modes())
 
     def called(
@@ -229,7 +254,7 @@ class Forward:
         plan = plans[index]
         if plan.probe:
             raise RuntimeError(f'vmap cannot serve {where}; strategy="loop" can') from failure
-        with self._settling:
+        with self._lock:
             if len(self._plans) > len(plans) - index:  # else another thread has come as far
                 self._plans = plans[index:]
                 self._use(plan.reason(where), plan.level)
@@ -248,6 +273,16 @@ class Forward:
     def _use(self, reason: str, level: int) -> None:
         self.reason = reason
         log.log(level, "%s: strategy %r: %s", self._anatomy.kind, self.strategy, reason)
+
+    def _check_constants(self) -> None:
+        """RuntimeError where a number of the model has changed; where one changes later, Dynamo compiles anew."""
+        for place, module, name, value in self._known.settings.constants:
+            now = getattr(module, name)
+            if now != value and now == now:
+                raise RuntimeError(
+                    f"model: {place} is {now!r} now and was {value!r} when the forward was made; call the forward once "
+                    "outside torch.compile, or make a new one"
+                )
 
     def _check_no_update(self, modes: Modes) -> None:
         """Raise ValueError if a norm would update its running statistics and the new ones would be lost."""

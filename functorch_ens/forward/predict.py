@@ -56,6 +56,7 @@ def predict(
     shapes = [list(x.shape) for x in inputs]
     if len({tuple(shape[:1]) for shape in shapes}) != 1 or not shapes[0] or not shapes[0][0]:
         raise ValueError(f"inputs: expected tensors of one length [N, ...], N > 0, got the shapes {shapes}")
+    forward.refresh()
     modes = forward.modes(training=False)
     E = forward.check(params, buffers, modes)
     parts: list[list[Tensor]] = []

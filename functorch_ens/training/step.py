@@ -134,6 +134,7 @@ class TrainStep:
         self._options = None if compile is False else {} if compile is True else dict(compile)
         self._compiled: Any = None
         """The `Compiled` objective, made by the first call: making it imports torch's compiler."""
+        self._revision = self.forward.revision
         self._trained = Finder(optimizer)
         self._scratch: dict[str, Tensor] = {}
 
@@ -260,6 +261,9 @@ class TrainStep:
         kwargs: dict[str, Any],
         modes: Modes | None = None,
     ) -> Work:
+        self.forward.refresh()
+        if self.forward.revision != self._revision:
+            self._compiled, self._revision = None, self.forward.revision
         trained = self._trained(params)
         values = check_values(self._values, params.E)
         return Work(trained.params, trained.fixed, buffers, values, batch, kwargs, modes or self.forward.modes())
