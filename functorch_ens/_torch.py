@@ -259,6 +259,14 @@ def version(tensor: Tensor) -> int:
     return found
 
 
+def normal(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it where it was made in inference mode, so that it can be trained later."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 def has_symbolic_sizes(tensors: Iterable[Tensor]) -> bool:
     """Whether a compiler traces one of `tensors` with a symbol for one of its sizes. Dynamo can trace the question."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # not at the top: it imports sympy

@@ -8,6 +8,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
+from functorch_ens._torch import normal
 from functorch_ens.anatomy import Anatomy, is_numeric, rank1_names
 from functorch_ens.checks import check_bool, check_generator, check_number, check_option, check_positive_int
 from functorch_ens.params.fresh import fresh_members
@@ -189,12 +190,12 @@ def _vector(init: str, E: int, length: int, mean: float, std: float, source: tor
 
 def _repeated(tensors: Mapping[str, Tensor], names: Iterable[str], E: int) -> dict[str, Tensor]:
     """`{name: [E, ...]}`, the same values for every member."""
-    return {name: repeat(tensors[name].detach(), "... -> E ...", E=E).clone() for name in names}
+    return {name: normal(repeat(tensors[name].detach(), "... -> E ...", E=E).clone()) for name in names}
 
 
 def _leaves(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """New `tensors` as autograd leaves; frozen where the model's parameter is. `r` and `s` are always trained."""
     return {
-        name: tensor.requires_grad_(is_numeric(tensor) and (name not in own or own[name].requires_grad))
+        name: normal(tensor).requires_grad_(is_numeric(tensor) and (name not in own or own[name].requires_grad))
         for name, tensor in tensors.items()
     }

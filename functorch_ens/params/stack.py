@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from functorch_ens._torch import normal
 from functorch_ens.anatomy import Anatomy, is_numeric, rank1_names
 from functorch_ens.layers.weight import Rank1
 from functorch_ens.params.pytree import EnsembleParams, check_params
@@ -160,4 +161,4 @@ def _signature(tensor: Tensor) -> dict[str, object]:
 
 def _stack(tables: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """`{name: [E, ...]}`, in memory of their own."""
-    return {name: torch.stack([table[name].detach() for table in tables]) for name in tables[0]}
+    return {name: normal(torch.stack([table[name].detach() for table in tables])) for name in tables[0]}

@@ -116,7 +116,7 @@ class Objective:
         if tensors and not value.requires_grad:
             raise ValueError(
                 "loss: it has no gradient, so nothing would be trained; is it, or the output, detached, or computed "
-                "under torch.no_grad()?"
+                "under torch.no_grad() or torch.inference_mode()?"
             )
         slopes = torch.autograd.grad(value, list(tensors.values()), allow_unused=True, materialize_grads=True)
         found = dict(zip(tensors, slopes, strict=True)) if tensors else {}

@@ -134,6 +134,11 @@ class Trained:
             raise ValueError(
                 "params: one tensor has two names; tied parameters have one, as named_parameters() gives it"
             )
+        frozen = [name for part in params for name, tensor in part.items() if tensor.is_inference()]
+        if frozen:
+            raise ValueError(
+                f"params: {frozen[0]} was made under torch.inference_mode(), so it cannot be trained; clone it outside"
+            )
         self.whole = {}
         self.slices = []
         tensors = _held(optimizer)

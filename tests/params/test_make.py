@@ -350,3 +350,52 @@ def test_a_name_that_r_or_s_would_take_is_an_error() -> None:
 def test_matrices_in_lists_and_dicts_get_r_and_s() -> None:
     names = {name[:-2] for name in fe.batchensemble_params(Matrices(), 2).stacked}
     assert names == {"matrix", "many.0", "many.1", "named.a"}
+
+
+def _by_inference() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    return {
+        "ensemble_params": lambda: fe.ensemble_params(model, 2, generator=source()),
+        "copies": lambda: fe.ensemble_params(model, 2, reset=False),
+        "batchensemble_params": lambda: fe.batchensemble_params(model, 2, generator=source()),
+        "fresh base": lambda: fe.batchensemble_params(model, 2, use_base_weights=False, generator=source()),
+        "stack_params": lambda: fe.stack_params([model, model]),
+        "ensemble_buffers": lambda: fe.EnsembleParams({}, fe.ensemble_buffers(model, 2)),
+    }
+
+
+@pytest.mark.parametrize("name", _by_inference())
+def test_what_is_made_in_inference_mode_can_be_trained_afterwards(name: str) -> None:
+    make = _by_inference()[name]
+    torch.manual_seed(0)
+    want = make()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        got = make()
+    assert not any(tensor.is_inference() for tensor in tensors_of(got).values())
+    assert [t.requires_grad for t in tensors_of(got).values()] == [t.requires_grad for t in tensors_of(want).values()]
+    assert {name: tensor.shape for name, tensor in tensors_of(got).items()} == {
+        name: tensor.shape for name, tensor in tensors_of(want).items()
+    }
+
+
+def test_a_forward_made_in_inference_mode_trains_afterwards_and_one_used_in_it_too() -> None:
+    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.ones(5, 3).double(), 0
+    params = fe.ensemble_params(model, 2)
+    with torch.inference_mode():
+        forward = fe.make_forward(model)
+        want = forward(params, x)
+    optimizer = torch.optim.SGD(tensors_of(params).values(), lr=0.1)
+    step = fe.make_train_step(forward, lambda out, y: out.square().mean(), optimizer, compile=False)
+    assert_same(forward(params, x), want)
+    step(params, x, torch.tensor(y))
+    with torch.inference_mode():
+        frozen = params._replace(stacked={name: tensor.clone() for name, tensor in params.stacked.items()})
+        assert_same(forward(frozen, x), forward(params, x))
+        with pytest.raises(ValueError, match=r"no gradient.*inference_mode"):
+            step(params, x.clone(), torch.tensor(y))
+    assert_same(forward(frozen, x).detach(), forward(params, x).detach())
+    with pytest.raises(ValueError, match=r"params: 0.weight was made under torch.inference_mode\(\)"):
+        fe.make_train_step(
+            forward, lambda out, y: out.square().mean(), torch.optim.SGD(tensors_of(frozen).values()), compile=False
+        )(frozen, x, torch.tensor(y))
