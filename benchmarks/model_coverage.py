@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PATTERN", default=["*"], help="models whose name matches one")
     parser.add_argument("--factory", metavar="MODULE:FUNCTION", help="try a model of your own instead")
     parser.add_argument("--members", type=int, default=2, metavar="E", help="size of the ensembles (default: 2)")
+    parser.add_argument("--no-times", action="store_true", help="leave out the times by vmap over the loop's")
     parser.add_argument("--timeout", type=float, default=900, metavar="S", help="seconds for one model (default: 900)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there, after each model")
     parser.add_argument("--resume", action="store_true", help="take what is in the --json FILE already as done")
@@ -89,7 +90,7 @@ def main() -> None:
         bar.set_postfix_str(case.name)
         if f"{case.family}/{case.name}" in results:
             continue
-        results[f"{case.family}/{case.name}"] = _isolated(case, options.members, options.timeout)
+        results[f"{case.family}/{case.name}"] = _isolated(case, options.members, options.timeout, not options.no_times)
         if options.json:
             write_json({"torch": torch.__version__, "E": options.members, "models": results}, options.json)
     print(report(results))
@@ -116,12 +117,12 @@ def _from_factory(path: str, parser: argparse.ArgumentParser) -> Case:
 # One model
 
 
-def _isolated(case: Case, E: int, timeout: float) -> dict[str, dict[str, Any]]:
+def _isolated(case: Case, E: int, timeout: float, timed: bool) -> dict[str, dict[str, Any]]:
     """What `attempt` finds of each run, in a process of its own: its memory comes back, and a crash ends it alone."""
     context = multiprocessing.get_context("fork")  # this process computes nothing, so it has no threads to lose
     results: dict[str, dict[str, Any]] = {}
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_attempt_all, args=(case, E, send), daemon=True)
+    process = context.Process(target=_attempt_all, args=(case, E, timed, send), daemon=True)
     process.start()
     send.close()
     deadline = time.monotonic() + timeout
@@ -139,14 +140,14 @@ def _isolated(case: Case, E: int, timeout: float) -> dict[str, dict[str, Any]]:
     return {" ".join(run): results.get(" ".join(run), {"by": "fails", "reason": why}) for run in RUNS}
 
 
-def _attempt_all(case: Case, E: int, send: Connection) -> None:
+def _attempt_all(case: Case, E: int, timed: bool, send: Connection) -> None:
     warnings.simplefilter("ignore")
     logging.disable()  # what it would say is in the table
     torch.manual_seed(0)
     single, double = case.make(), cache(partial(exact, case))
     for kind, mode in RUNS:
         try:
-            result = attempt(kind, mode, E, single, double)
+            result = attempt(kind, mode, E, single, double, timed)
         except Exception as error:
             result = {"by": "fails", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]}
         send.send((f"{kind} {mode}", result))
@@ -240,7 +241,9 @@ class Trial:
                 self.run(forward)
 
 
-def attempt(kind: str, mode: str, E: int, single: Sample, double: Callable[[], Sample]) -> dict[str, Any]:
+def attempt(
+    kind: str, mode: str, E: int, single: Sample, double: Callable[[], Sample], timed: bool = True
+) -> dict[str, Any]:
     """Try one model as one `kind` of ensemble: by which strategy, why, its error, and the time ratio vmap / loop.
 
     `single` is timed; `double`, the same in float64, is compared with the plain loop. A large model is compared in
@@ -248,27 +251,27 @@ def attempt(kind: str, mode: str, E: int, single: Sample, double: Callable[[], S
     """
     trial = Trial(single, kind, mode, E)
     try:
-        trial.plain()
+        plain = trial.plain()
     except Exception as error:
         return {"by": "refused", "reason": f"the model itself: {type(error).__name__}: {error}".partition("\n")[0]}
     auto, loop = fe.make_forward(trial.model), fe.make_forward(trial.model, strategy="loop")
     trial.step(auto)
     result: dict[str, Any] = {"by": auto.strategy, "reason": auto.reason}
-    if auto.strategy == "vmap":
+    if auto.strategy == "vmap" and timed:
         result["ratio"] = _ratio(lambda: trial.step(auto), lambda: trial.step(loop))
 
     wrong: str | None = "not compared yet"
     if trial.part:
-        wrong = _compare(trial, trial.plain(), result)
+        wrong = _compare(trial, plain, result)
     if wrong and _parameters(single.model) < _HUGE:
         precise = Trial(double(), kind, mode, E)
         try:
             want, noise = precise.plain(), False
         except Exception:  # some models compute in float32 inside, whatever they are given
-            precise, want, noise = trial, trial.plain(), True
+            precise, want, noise = trial, plain, True
         wrong = _compare(precise, want, result, noise)
     elif wrong:
-        wrong = _compare(trial, trial.plain(), result, noise=True)
+        wrong = _compare(trial, plain, result, noise=True)
     return {**result, "by": "fails", "reason": wrong} if wrong else result
 
 
