@@ -64,6 +64,7 @@ _TIMED = ("vmap_vs_be.py", "notebook_job.py", "quality.py")
 _REFUSED = {
     "model_coverage.py": (["--only", "nothing*"], ["--members", "0"], ["--factory", "nowhere:build"], ["--resume"]),
     "operator_sweep.py": (["--members", "0"], ["--json", "nowhere/at/all.json"]),
+    "endurance.py": (["--only", "nothing"], ["--scale", "0"]),
     **dict.fromkeys(_TIMED, (["--members", "0"], ["--batch-size", "many"], ["--json", "nowhere/at/all.json"])),
 }
 
@@ -80,6 +81,7 @@ def answers() -> list[Answer]:
     [
         ("model_coverage.py", "--family"),
         ("operator_sweep.py", "--samples"),
+        ("endurance.py", "--scale"),
         *((script, "--members") for script in _TIMED),
     ],
 )
@@ -123,6 +125,16 @@ def test_a_factory_and_a_model_that_is_not_equal_to_itself(tmp_path: Path) -> No
     good, bad = _runs(*calls, cwd=tmp_path)
     assert good.returncode == 0 and "factory/mine:build" in good.stdout, good.stderr
     assert bad.returncode == 1 and "differs from the loop by" in bad.stdout
+
+
+@pytest.mark.parametrize("kind", ["threads", "flips", "writers", "interrupts", "kills", "memory"])
+def test_nothing_is_lost_however_things_break(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "endurance.json"
+    answer = _run("--only", kind, "--scale", "0.02", "--json", str(out), script="endurance.py")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    counts = json.loads(out.read_text())["counts"]
+    assert counts and all(name.startswith(kind) for name in counts)
+    assert all(found.get("wrong", 0) == 0 and found.get("right", 0) + found.get("told", 0) for found in counts.values())
 
 
 def test_the_sweep_finds_what_vmap_gets_wrong() -> None:
