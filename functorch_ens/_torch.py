@@ -368,17 +368,16 @@ class _Here(threading.local):
 _here = _Here()
 
 
-@contextmanager
-def checkpoints_passed_over() -> Iterator[None]:
-    """Inside, `torch.utils.checkpoint` calls the function that it is given, and nothing more; in this thread alone.
+def past_checkpoints(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The result of `function`. Inside, `torch.utils.checkpoint` only calls what it is given; in this thread alone.
 
-    Its second call of that function, in the backward pass, would need one member's tensors, which the model holds for
-    one call alone; and torch.func cannot follow it.
+    Its second call of that, in the backward pass, would need one member's tensors, which the model holds for one call
+    alone; and torch.func cannot follow it.
     """
     before = _here.are_passed_over
     try:
         _here.are_passed_over = True
-        yield
+        return function(*args, **kwargs)
     finally:
         _here.are_passed_over = before
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -246,18 +246,18 @@ class Parts:
         self._randomness = randomness
         self._start = None if randomness == "different" else RandomState.of(tensors)
 
-    @contextmanager
-    def part(self, *, last: bool) -> Iterator[None]:
+    def part(self, *, last: bool) -> AbstractContextManager[None]:
         """Around one part, the `last` of them or not."""
-        if self._start is None:
-            yield
-            return
-        with Drawing(self._start) as drawing:
+        return nullcontext() if self._start is None else self._from(self._start, last)
+
+    @contextmanager
+    def _from(self, start: RandomState, last: bool) -> Iterator[None]:
+        with Drawing(start) as drawing:
             yield
         if drawing.drew and self._randomness == "error":
             raise RuntimeError('randomness="error": the model drew random numbers; "different" and "same" allow it')
         if drawing.drew and last:
-            go_on_from(drawing.state, self._start)
+            go_on_from(drawing.state, start)
 
 
 def go_on_from(state: RandomState, before: RandomState) -> None:

@@ -148,11 +148,21 @@ class Call:
         args, kwargs = self._arguments.rebuild(iter([x.clone() for x in one.inputs]))
         copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **one.buffers}.items()}
         weights = {**one.shared, **one.stacked}
+        templates = self._known.templates
         if self.is_traced:
-            output, new = self._known.templates.traced(self.modes, weights, copies, args, kwargs)
+            output, new = templates.traced(self.modes, weights, copies, args, kwargs)
         else:
-            with self._known.templates.borrowed() as template, self._alone, self._draws():
-                output, new = template(self.modes, weights, copies, args, kwargs)
+            template = templates.take()
+            try:
+                if self.notes is None:
+                    output, new = template(self.modes, weights, copies, args, kwargs)
+                else:
+                    with self._alone, self._draws(self.notes):
+                        output, new = template(self.modes, weights, copies, args, kwargs)
+            except Exception:
+                templates.idle.append(template)
+                raise
+            templates.idle.append(template)
         updated: list[str] = []
         if any(self.modes):
             # Dynamo cannot read the version counter of a tensor that grad wraps: it notices replaced buffers alone.
@@ -175,17 +185,14 @@ class Call:
         return (output, returned.buffers) if self._returns_buffers else output
 
     @contextmanager
-    def _draws(self) -> Iterator[None]:
-        """Inside, the call notes whether random numbers are drawn."""
-        if self.notes is None:
-            yield
-            return
+    def _draws(self, notes: Notes) -> Iterator[None]:
+        """Inside, it is noted whether random numbers are drawn."""
         draws = Draws()
         try:
             with draws:
                 yield
         finally:
-            self.notes.drew |= draws.drew
+            notes.drew |= draws.drew
 
     def again(self) -> AbstractContextManager[None]:
         """Around members that a backward pass computes again."""

@@ -27,6 +27,8 @@ class Settings:
         self._classes = [(name, module, type(module)) for name, module in anatomy.modules.items()]
         self._places: list[tuple[str, Any, Any]] = []
         """Names of a dict or list that the model reads, itself, and a copy of it."""
+        self._empty: dict[str, Any] = {}
+        """The dicts in which hooks would be."""
         self._tensors: list[tuple[str, Tensor, int]] = []
         self.constants: list[tuple[str, nn.Module, str, Any]] = []
         """The numbers and texts in attributes of modules: the names, the module, the attribute, the value."""
@@ -36,7 +38,9 @@ class Settings:
             self._places.append((name, state, dict(state)))
             for key, value in state.items():
                 place = f"{name}.{key}" if name else key
-                if key == "_modules" or (key in INTERNAL and "hooks" in key):
+                if key in INTERNAL and "hooks" in key and not value:
+                    self._empty[place] = value
+                elif key == "_modules" or (key in INTERNAL and "hooks" in key):
                     self._places.append((place, value, dict(value)))
                 elif key not in INTERNAL:
                     self._remember(place, value, seen)
@@ -63,6 +67,8 @@ class Settings:
         for name, module, cls in self._classes:
             if type(module) is not cls:
                 return name or cls.__name__
+        if any(self._empty.values()):
+            return next(place for place, hooks in self._empty.items() if hooks)
         for place, tensor, version in self._tensors:
             if _torch.version(tensor) != version:
                 return place

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -58,14 +57,18 @@ class Template:
         kwargs: dict[str, Any],
     ) -> tuple[Any, dict[str, Tensor]]:
         """The output of one member, and its new buffers. The forward may write to `buffers` in place."""
+        compiling = _torch.is_compiling()
         for own, mode in zip(self._modules, modes, strict=True):
-            own.training = mode  # unconditionally: Dynamo would guard on a value that is read
+            if compiling or own.training is not mode:  # Dynamo would guard on a value that is read
+                own.training = mode
         if self._hooks:
             tensors = self._hooked(tensors)
         given = {alias: tensor for name, tensor in {**tensors, **buffers}.items() for alias in self._aliases[name]}
         try:
-            with nullcontext() if _torch.is_compiling() else _torch.checkpoints_passed_over():
+            if compiling:
                 output = functional_call(self._module, given, args, kwargs, tie_weights=False)
+            else:
+                output = _torch.past_checkpoints(functional_call, self._module, given, args, kwargs, tie_weights=False)
         finally:
             self._pristine.restore()
         # Where the forward assigned a new tensor to a buffer, functional_call has put that into the dict.
@@ -117,28 +120,21 @@ class Templates:
     def __init__(self, anatomy: Anatomy, side: str) -> None:
         self._make = torch.inference_mode(False)(partial(Template, anatomy, side))  # for calls outside of it too
         self.traced = self._make()
-        self._idle: deque[Template] = deque()
+        self.idle: deque[Template] = deque()
         late = [name for name, tensor in anatomy.parameters.items() if _torch.has_late_hooks(tensor)]
         if late:
             log.warning("%s: hooks that run after the gradients of %s are accumulated do not run", anatomy.kind, late)
 
-    @contextmanager
-    def borrowed(self) -> Iterator[Template]:
-        """A template for this call alone. An interrupted one is not used again."""
+    def take(self) -> Template:
+        """A template for one call alone. It is given back to `idle`, unless the call was interrupted."""
         try:
-            template = self._idle.pop()
+            return self.idle.pop()
         except IndexError:
-            template = self._make()
-        try:
-            yield template
-        except Exception:
-            self._idle.append(template)
-            raise
-        self._idle.append(template)
+            return self._make()
 
     def name_of(self, module: Any) -> str | None:
         """The qualified name of `module`, where it is part of a template that is at rest; else None."""
-        found = (template.name_of(module) for template in (self.traced, *self._idle))
+        found = (template.name_of(module) for template in (self.traced, *self.idle))
         return next((name for name in found if name is not None), None)
 
 

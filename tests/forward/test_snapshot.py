@@ -48,8 +48,8 @@ def test_what_a_model_keeps_on_itself_does_not_leak(strategy: str) -> None:
         assert_same(forward(params, x), loop(model, params, x))
     assert model.cached is None and model.history == [] and model.seen == {"calls": 0}
     assert torch.equal(model.constant, torch.ones(3, dtype=torch.float64)) and "late" not in dict(model.named_buffers())
-    with forward._known.templates.borrowed() as template:
-        kept = [value for module in template._module.modules() for value in vars(module).values()]
+    (template,) = forward._known.templates.idle
+    kept = [value for module in template._module.modules() for value in vars(module).values()]
     assert not [
         value for value in kept if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
     ]
