@@ -41,8 +41,8 @@ def test_an_interrupted_write_leaves_the_last_checkpoint(tmp_path: Path, monkeyp
     path = tmp_path / "run.pt"
     fe.save_checkpoint({"epoch": 1}, path)
 
-    def interrupted(state: Any, file: Any) -> None:
-        file.write(b"half of it")
+    def interrupted(state: Any, file: str) -> None:
+        Path(file).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted)
