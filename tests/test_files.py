@@ -152,7 +152,7 @@ def test_a_disk_that_takes_no_more_is_named(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match=r"No space left on device: '.*/result\.txt'") as caught, write_whole(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
-    with pytest.raises(ConnectionError, match="^lost$"), write_whole(path):
+    with pytest.raises(ConnectionError, match=r"^lost$"), write_whole(path):
         raise ConnectionError("lost")  # nothing of the disk
     assert path.read_text() == "old" and _names(tmp_path) == ["result.txt"]
 

@@ -75,8 +75,9 @@ def check_state(there: dict[str, Any], here: dict[str, Any], optimizer: Optimize
             _same_tensors(f"params.{field}", theirs, mine, strides=True)
         _same_tensors("buffers", there["buffers"], here["buffers"])
         _check_patience(there["patience"], here)
-        _check_optimizer(there, here, optimizer)
+        _check_trained(there, here)
         _check_settings(there, here)
+        _check_optimizer_state(there, here, optimizer)
         _check_generators(there, generator)
     except (AttributeError, IndexError, KeyError, TypeError) as error:  # something else than what fit writes
         raise ValueError(f"is damaged: {first_line(error)}") from error
@@ -167,8 +168,10 @@ def _check_settings(there: dict[str, Any], here: dict[str, Any]) -> None:
     """
     began, now = there["began"], _settings(there["optimizer"]["param_groups"], there["scheduler"])
     for name, mine in here["began"].items():
-        if name not in began or name not in now:  # an option of another version of torch
+        if name not in began:  # an option of another version of torch
             continue
+        if name not in now:
+            raise _damaged(name, "what it began with", None)
         then, last = began[name], now[name]
         if isinstance(mine, Tensor) and isinstance(then, Tensor):
             _like(name, last, then)
@@ -187,34 +190,39 @@ def _check_settings(there: dict[str, Any], here: dict[str, Any]) -> None:
         raise _differs(name, shown(then), shown(mine), advice)
 
 
-def _check_optimizer(there: dict[str, Any], here: dict[str, Any], optimizer: Optimizer) -> None:
-    """The tensors, by name and in order, and the form of the state of each."""
+def _check_trained(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """The optimiser's tensors, by name and in order."""
     theirs, mine = _placed(there["trained"]), _placed(here["trained"])
     for place in sorted(theirs.keys() | mine.keys()):
         if theirs.get(place) != mine.get(place):
-            group, i = place
-            what = f"tensor {i} of group {group} of the optimizer"
+            what = f"tensor {place[1]} of group {place[0]} of the optimizer"
             raise _differs(what, theirs.get(place, "absent"), mine.get(place, "absent"))
-    saved, own = there["optimizer"], here["optimizer"]
-    state, groups = saved.get("state"), saved.get("param_groups")
-    if not isinstance(state, dict):
-        raise _damaged("optimizer: state", "a dict", state)
-    if not isinstance(groups, list) or [g["params"] for g in groups] != [g["params"] for g in own["param_groups"]]:
+    groups = there["optimizer"].get("param_groups")
+    own = [group["params"] for group in here["optimizer"]["param_groups"]]
+    if not isinstance(groups, list) or [group["params"] for group in groups] != own:
         raise _damaged("optimizer: param_groups", "the groups of the optimizer", groups)
+
+
+def _check_optimizer_state(there: dict[str, Any], here: dict[str, Any], optimizer: Optimizer) -> None:
+    """The forms in the state of each tensor: those that the file says, and those that a step makes."""
+    state, mine = there["optimizer"].get("state"), _placed(here["trained"])
+    if not isinstance(state, dict) or not all(i in range(len(mine)) for i in state):
+        raise _damaged("optimizer: state", f"a dict by numbers of tensors, from 0 to {len(mine) - 1}", state)
     forms = _forms(state)
     for name in sorted(forms.keys() | there["forms"].keys()):
         if forms.get(name) != there["forms"].get(name):
-            raise _damaged(f"optimizer: {name}", there["forms"].get(name, "nothing"), forms.get(name))
-    expected = _state_after_a_step(optimizer)
-    if expected is None:
+            expected, found = there["forms"].get(name, "nothing"), forms.get(name, "nothing")
+            raise ValueError(f"is damaged: optimizer: {name}: expected {expected}, got {found}")
+    known_state = _state_after_a_step(optimizer)
+    if known_state is None:
         return
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     stopped = tuple(f"[{i}]" for i in there["stopped"])
-    for i, (name, tensor, known) in enumerate(zip(mine.values(), tensors, expected, strict=True)):
+    for i, (name, tensor, known) in enumerate(zip(mine.values(), tensors, known_state, strict=True)):
         found = {key: value for key, value in state.get(i, {}).items() if value is not None}
         if not found and (not tensor.requires_grad or name.endswith(stopped)):  # it may not have been updated at all
             continue
-        for key in known.keys() | found.keys():
+        for key in sorted(known.keys() | found.keys()):
             what = f"optimizer: {key} of {name}"
             if key not in known:
                 raise _damaged(what, "nothing", found[key])
@@ -326,7 +334,7 @@ def _placed(names: list[list[str]]) -> dict[tuple[int, int], str]:
 def _settings(groups: list[dict[str, Any]], scheduler: Mapping[str, Any] | None) -> dict[str, Any]:
     """The values in the groups of an optimiser and in the state of a scheduler, by name."""
     own = [{key: value for key, value in group.items() if key not in ("params", *_KERNELS)} for group in groups]
-    return dict([*_flat("optimizer", own), *_flat("scheduler", scheduler or {})])
+    return dict([*_flat("optimizer.param_groups", own), *_flat("scheduler", scheduler or {})])
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
