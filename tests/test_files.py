@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from functorch_ens import files
 from functorch_ens.files import write_whole
 
 
@@ -112,8 +113,8 @@ def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "result.txt"
-    code = "from functorch_ens.files import write_whole\nimport os, sys\nwith write_whole(sys.argv[1]): os._exit(0)"
-    subprocess.run([sys.executable, "-c", code, path], check=True)
+    code = "import os, runpy, sys\nwith runpy.run_path(sys.argv[1])['write_whole'](sys.argv[2]): os._exit(0)"
+    subprocess.run([sys.executable, "-c", code, files.__file__, path], check=True)
     assert len(_names(tmp_path)) == 1
     foreign = tmp_path / ".result.txt.00000000-1-0123456789ab.part"  # of another host
     foreign.write_text("")

@@ -25,6 +25,9 @@ from functorch_ens.training.optim import Trained
 # How an optimiser computes, not what. These are of the present run, which may be on another device.
 _KERNELS = ("foreach", "fused", "capturable", "differentiable")
 
+# What a scheduler makes of `initial_lr` and the like.
+_SCHEDULED = ("lr", "momentum", "betas")
+
 # What a scheduler counts. Resuming with the same objects, these may be ahead of what the file says.
 _COUNTERS = ("last_epoch", "_step_count", "_last_lr", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i")
 
@@ -167,6 +170,9 @@ def _check_settings(there: dict[str, Any], here: dict[str, Any]) -> None:
     A run that resumes with the same objects begins with what its scheduler has made of them.
     """
     began, now = there["began"], _settings(there["optimizer"]["param_groups"], there["scheduler"])
+    used = any(
+        name.startswith("scheduler") and not _equal(mine, began.get(name)) for name, mine in here["began"].items()
+    )
     for name, mine in here["began"].items():
         if name not in began:  # an option of another version of torch
             continue
@@ -179,10 +185,12 @@ def _check_settings(there: dict[str, Any], here: dict[str, Any]) -> None:
             raise _damaged(name, "a number", last)
         group, _, key = name.rpartition(".")
         moved = not _equal(then, last)
-        of_schedule = moved and (name.startswith("scheduler") or f"{group}.initial_lr" in began)
-        if _equal(mine, then) or of_schedule or (moved and _equal(mine, last)):
+        if _equal(mine, then) or (moved and _equal(mine, last)):
             continue
-        if name.startswith("scheduler") and key in _COUNTERS:
+        if name.startswith("scheduler"):
+            if moved or key in _COUNTERS:
+                continue
+        elif used and (moved or key in _SCHEDULED) and f"{group}.initial_lr" in began:
             continue
         advice = (
             "give what it began with, or another file for a new run; load_checkpoint(...)['params'] has its parameters"
@@ -211,8 +219,8 @@ def _check_optimizer_state(there: dict[str, Any], here: dict[str, Any], optimize
     forms = _forms(state)
     for name in sorted(forms.keys() | there["forms"].keys()):
         if forms.get(name) != there["forms"].get(name):
-            expected, found = there["forms"].get(name, "nothing"), forms.get(name, "nothing")
-            raise ValueError(f"is damaged: optimizer: {name}: expected {expected}, got {found}")
+            told, is_now = there["forms"].get(name, "nothing"), forms.get(name, "nothing")
+            raise ValueError(f"is damaged: optimizer: {name}: expected {told}, got {is_now}")
     known_state = _state_after_a_step(optimizer)
     if known_state is None:
         return
