@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from functorch_ens.anatomy import Anatomy
@@ -31,6 +32,19 @@ class EnsembleParams(NamedTuple):
         if not self.stacked:
             raise ValueError("stacked: expected a tensor with a leading member axis, got {}")
         return next(iter(self.stacked.values())).shape[0]
+
+
+def allow_to_load() -> None:
+    """Let `torch.load` read `EnsembleParams` by its default, `weights_only=True`.
+
+    Importing this file does so. It is needed again after `torch.serialization.clear_safe_globals()`, or a
+    `torch.serialization.safe_globals` of the user that had the class too.
+    """
+    if EnsembleParams not in torch.serialization.get_safe_globals():  # to add sets the whole list anew
+        torch.serialization.add_safe_globals([EnsembleParams])
+
+
+allow_to_load()
 
 
 def check_is_params(params: Any) -> None:

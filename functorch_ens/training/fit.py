@@ -18,6 +18,7 @@ from functorch_ens.checks import check_generator, check_option, check_positive_i
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.rng import RandomState
 from functorch_ens.training.checkpoint import load_checkpoint, save_checkpoint
+from functorch_ens.training.resume import check_state, form_of, put_back_on_error, settings_of, with_own_kernels
 from functorch_ens.training.step import TrainStep, advance
 from functorch_ens.training.stopping import Patience
 
@@ -160,6 +161,7 @@ class _Run:
         self._scheduler = scheduler
         self.modes = step.forward.modes()
         """Those of the model at the start, in which all steps are made."""
+        self._began = settings_of(step.optimizer, scheduler)
         self._together = bool(step._trained(params).params.shared)
         self._patience = None if patience is None else Patience(patience, params.E, self._together)
         self._failed: set[int] = set()
@@ -282,50 +284,45 @@ class _Run:
             "patience": None if self._patience is None else self._patience.state_dict(),
             "stopped": self.stopped,
             "failed": sorted(self._failed),
-            "kinds": self._kinds(),
+            "began": self._began,
+            **form_of(
+                self._params,
+                self._buffers,
+                self._step.optimizer,
+                self._step._trained(self._params),
+                scheduler=self._scheduler,
+                patience=self._patience,
+            ),
         }
 
-    def _kinds(self) -> dict[str, str]:
-        """Kinds of objects and shapes of tensors; a checkpoint must have the same as the run that resumes."""
-        parts = {"optimizer": self._step.optimizer, "scheduler": self._scheduler, "patience": self._patience}
-        tensors = {**self._params.shared, **self._params.stacked, **(self._buffers or {})}
-        shapes = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
-        return {**{name: type(part).__name__ for name, part in parts.items()}, **shapes}
-
     def resume(self, file: Path) -> None:
-        """Take over the state that was written to `file`."""
+        """Take over the state that was written to `file`; ValueError, with nothing changed, where it does not fit."""
+        optimizer = self._step.optimizer
         try:
             state = load_checkpoint(file, device="cpu")
         except ValueError as error:
             raise ValueError(f"checkpoint: {error}") from error
-        missing = self.state().keys() - state.keys()
-        if missing:
-            raise ValueError(f"checkpoint: {os.fspath(file)!r} is not one that fit wrote: it has no {sorted(missing)}")
-        here, there = self._kinds(), state["kinds"]
-        differ = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
-        if differ:
-            name = differ[0]
-            raise ValueError(
-                f"checkpoint: {os.fspath(file)!r} is of another run: {name} is {there.get(name)} there, and "
-                f"{here.get(name)} here; give another file, or remove this one"
-            )
-        try:  # first: it raises where the groups differ, before anything is changed
-            self._step.optimizer.load_state_dict(state["optimizer"])
+        try:
+            check_state(state, self.state(), optimizer, self._generator)
         except ValueError as error:
-            raise ValueError(f"checkpoint: {os.fspath(file)!r} is of another optimizer: {error}") from error
-        self.epoch, self.history = state["epoch"], state["history"]
+            raise ValueError(f"checkpoint: {os.fspath(file)!r} {error}") from error
+        with put_back_on_error(optimizer, self._scheduler):
+            optimizer.load_state_dict(with_own_kernels(state["optimizer"], optimizer))
+            if self._scheduler is not None:
+                self._scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.history, self._began = state["epoch"], state["history"], state["began"]
         with torch.no_grad():
             for mine, theirs in zip(self._params, state["params"], strict=True):
                 for name, tensor in mine.items():
                     tensor.copy_(theirs[name])
         if self._buffers is not None:
             self._buffers = {name: state["buffers"][name].to(own.device) for name, own in self._buffers.items()}
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
         if self._patience is not None:
             self._patience.load_state_dict(state["patience"], self._params, self._buffers or {})
         self._generator.set_state(state["generator"])
-        RandomState(*state["random"]).restore()
+        random = RandomState(*state["random"])
+        used = RandomState.of(self._params).cuda  # the run may have moved to a machine without these devices
+        random._replace(cuda={i: kept for i, kept in random.cuda.items() if i in used}).restore()
         self._failed = set(state["failed"])
         for member, why in state["stopped"].items():
             self._stop([member], why)
