@@ -24,6 +24,7 @@ def test_a_state_comes_back() -> None:
     assert before.equals(RandomState.of(tensors)) and torch.equal(torch.rand(3), first)
 
 
+ROWS = torch.ones(1, 4, 8)
 _LAYER = nn.LSTM(3, 3, num_layers=2, dropout=0.5)
 DRAWS: dict[str, Callable[[], Any]] = {
     "rand": lambda: torch.rand(4),
@@ -44,7 +45,7 @@ DRAWS: dict[str, Callable[[], Any]] = {
     "native dropout": lambda: torch.native_dropout(torch.ones(40), 0.3, True)[0],
     "rrelu": lambda: F.rrelu(-torch.ones(5), training=True),
     "LSTM": lambda: _LAYER(torch.ones(2, 1, 3))[0].detach(),
-    "attention": lambda: F.scaled_dot_product_attention(*[torch.ones(1, 4, 8)] * 3, dropout_p=0.5),
+    "attention": lambda: F.scaled_dot_product_attention(ROWS, ROWS, ROWS, dropout_p=0.5),
     "init": lambda: nn.init.orthogonal_(torch.empty(4, 4)),
     "trunc_normal_": lambda: nn.init.trunc_normal_(torch.empty(9)),
     "gamma": lambda: torch.distributions.Gamma(2.0, 1.0).sample((4,)),
@@ -82,7 +83,7 @@ def test_what_draws_nothing_is_known() -> None:
     own = torch.Generator().manual_seed(0)
     with Draws() as draws:
         F.dropout(torch.ones(3), 0.5, training=False)
-        F.scaled_dot_product_attention(*[torch.ones(1, 4, 8)] * 3)
+        F.scaled_dot_product_attention(ROWS, ROWS, ROWS)
         torch.rand(3, generator=own)
         nn.Linear(3, 2, device="meta")
     assert not draws.drew

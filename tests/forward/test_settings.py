@@ -114,11 +114,12 @@ def test_a_compiled_step_is_compiled_anew(name: str) -> None:
 
 
 def test_a_compiled_forward_says_that_a_number_has_changed() -> None:
-    model, x = nn.Sequential(nn.Linear(3, 2), nn.ELU(alpha=1.0)).double(), randn(5, 3)
+    act = nn.ELU(alpha=1.0)
+    model, x = nn.Sequential(nn.Linear(3, 2), act).double(), randn(5, 3)
     params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
     compiled = torch.compile(forward, fullgraph=True, backend="eager")
     assert_same(compiled(params, x), forward(params, x))
-    model[1].alpha = 3.0
+    act.alpha = 3.0
     with pytest.raises(Exception, match=r"alpha is 3\.0 now and was 1\.0|RuntimeError"):
         compiled(params, x)
     want = forward(params, x)

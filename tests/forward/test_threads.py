@@ -204,7 +204,7 @@ def test_what_draws_nothing_leaves_the_draws_of_other_threads_alone() -> None:
             for _ in range(15):
                 params = fe.ensemble_params(model, 3, generator=generator)
                 for options in ({}, {"chunk_size": 2}, {"strategy": "loop", "randomness": "same"}):
-                    fe.make_forward(model, **options)(params, x).sum().backward()  # type: ignore[arg-type]
+                    fe.make_forward(model, **options)(params, x).sum().backward()
         finally:
             over.set()
 

@@ -255,7 +255,7 @@ print(count)
 def test_an_interrupt_during_a_save_is_an_interrupt(tmp_path: Path) -> None:
     """It neither aborts the process nor becomes another error, also where torch cannot write to the name itself."""
     paths = [tmp_path / folder / "run.pt" for folder in ("a", "ä")]
-    command = [sys.executable, "-c", _INTERRUPTED, "25", *paths]
+    command = [sys.executable, "-c", _INTERRUPTED, "25", *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10

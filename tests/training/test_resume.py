@@ -287,7 +287,9 @@ def test_every_scheduler_resumes_also_with_the_same_objects(tmp_path: Path, kind
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, _Signs])
-def test_an_error_while_it_is_applied_puts_everything_back(written: Path, tmp_path: Path, optimizer: Any) -> None:
+def test_an_error_while_it_is_applied_puts_everything_back(
+    written: Path, tmp_path: Path, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "run.pt"
     _Run(optimizer).fit(file, 2)
     run = _Run(optimizer)
@@ -296,7 +298,8 @@ def test_an_error_while_it_is_applied_puts_everything_back(written: Path, tmp_pa
         raise RuntimeError("of the scheduler")
 
     load = run.scheduler.load_state_dict
-    run.scheduler.load_state_dict = lambda state: load(state) if state["last_epoch"] == 0 else fails(state)  # type: ignore[method-assign]
+    loads = lambda state: load(state) if state["last_epoch"] == 0 else fails(state)  # noqa: E731
+    monkeypatch.setattr(run.scheduler, "load_state_dict", loads)
     before = run.all()
     with pytest.raises(RuntimeError, match="of the scheduler"):
         run.fit(file, 3)
