@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from functorch_ens.checks import first_line
+from functorch_ens.checks import check_device, check_mapping, check_path, first_line
 from functorch_ens.files import write_whole
 from functorch_ens.params.pytree import EnsembleParams
 
@@ -34,8 +34,8 @@ def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> N
         TypeError: `state` is not a dict, or has a value of another type. NumPy's scalars are such: give `float(x)`.
         OSError: the file cannot be written.
     """
-    if not isinstance(state, Mapping):
-        raise TypeError(f"state: expected a dict, got {type(state).__name__}")
+    check_mapping(state, "state", "a dict")
+    check_path(path, "path")
     with write_whole(path) as part:
         with part.open("wb") as file:
             torch.save(dict(state), file)
@@ -62,6 +62,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, device: torch.device | str 
         FileNotFoundError: there is no such file.
         ValueError: the file is incomplete, is no checkpoint, or has values other than tensors, numbers and text.
     """
+    check_path(path, "path")
+    check_device(device)
     try:
         state = _read(path, map_location=device)
     except FileNotFoundError:
