@@ -65,7 +65,7 @@ def check_path(value: Any, argument: str) -> None:
 def check_mapping(value: Any, argument: str, expected: str) -> None:
     """TypeError if `value` is not a mapping from names (text)."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"{argument}: expected {expected}, got {shown(value)}")
+        raise TypeError(f"{argument}: expected {expected}, got {kind_of(value)}")
     for name in value:
         if not isinstance(name, str):
             raise TypeError(f"{argument}: expected names (text) for keys, got {shown(name)}")
@@ -126,7 +126,7 @@ def check_device(device: Any, argument: str = "device") -> None:
 def check_tensor(value: Any, argument: str, expected: str = "a tensor") -> None:
     """TypeError if `value` is not a tensor, ValueError if its numbers are not laid out by strides (sparse, nested)."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{argument}: expected {expected}, got {shown(value)}{advice(value, argument)}")
+        raise TypeError(f"{argument}: expected {expected}, got {kind_of(value)}{advice(value, argument)}")
     if value.layout is not torch.strided or value.is_nested:
         raise ValueError(f"{argument}: expected {expected}, strided, got {shown(value)}; give to_dense()")
 
@@ -165,6 +165,11 @@ def check_of_members(value: Any, E: int | None, argument: str) -> Tensor:
 def first_line(error: BaseException) -> str:
     """What `error` says, in one line: torch appends paragraphs of advice."""
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def kind_of(value: Any) -> str:
+    """A number or a text itself, anything else by its type: a list of numbers may be long."""
+    return shown(value) if isinstance(value, str | int | float | complex | type) else type(value).__name__
 
 
 def shown(value: Any) -> str:

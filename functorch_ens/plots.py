@@ -185,6 +185,7 @@ def uncertainty_plane(
     if not bool(points.detach().isfinite().all()):
         raise ValueError("points: expected finite numbers, got nan or inf")
     if labels is not None:
+        check_tensor(labels, "labels", "a tensor of classes")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels: expected classes of an integer dtype, got {labels.dtype}")
         if labels.shape != points.shape[:1]:
@@ -253,13 +254,13 @@ def training_curves(losses: Tensor, *, ax: Axes | None = None) -> Axes:
 
 
 def _check(ax: Any, **tensors: Any) -> None:
-    """TypeError if `ax` is neither None nor axes; TypeError or ValueError where `tensors` are none that have values."""
+    """TypeError if `ax` is neither None nor axes; ValueError where one of `tensors` is on the meta device."""
     # matplotlib is not imported for the check; the array of axes that plt.subplots(1, 2) returns has no method `plot`.
     if ax is not None and (isinstance(ax, type) or not (hasattr(ax, "plot") and hasattr(ax, "set"))):
         raise TypeError(f"ax: expected the axes of a figure or None, got {shown(ax)}")
     for argument, tensor in tensors.items():
-        check_tensor(tensor, argument)
-        check_has_values(tensor, argument)
+        if isinstance(tensor, Tensor):  # the other checks of it come later
+            check_has_values(tensor, argument)
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -84,7 +84,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "complex tensor": lambda: torch.ones(7, dtype=torch.complex64),
     "meta tensor": lambda: torch.ones(7, device="meta"),
     "sparse tensor": lambda: torch.eye(3).to_sparse(),
-    "nested tensor": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "nested tensor": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     "module": lambda: nn.Linear(3, 2),
     "module class": lambda: nn.Linear,
     "class": lambda: int,
@@ -142,7 +142,7 @@ class Row(NamedTuple):
     """A valid call, `function(*positional, **named)`."""
 
     function: Callable[..., Any]
-    valid: Callable[[], dict[str, Any]]
+    valid: Callable[..., dict[str, Any]]
     """The arguments by name. That of `*args` is a tuple of one or more."""
     takes: MappingProxyType[str, tuple[str, ...]] | dict[str, tuple[str, ...]] = NOTHING
     """By argument, the kinds that it takes; `~` before one that reaches the user's own code, which may refuse it."""
@@ -247,6 +247,7 @@ _FLOATS = ("-1", "3", "0.5", "array scalar")
 _POSITIVE = ("3", "0.5", "array scalar")
 
 ROWS: dict[str, Row] = {}
+_metric: Any
 
 
 def _row(
@@ -255,7 +256,7 @@ def _row(
     *,
     user: tuple[str, ...] = (),
     name: str | None = None,
-    **takes: tuple[str, ...],
+    **takes: Any,
 ) -> None:
     ROWS[name or function.__name__] = Row(function, valid, takes, user)
 
@@ -374,8 +375,10 @@ _row(
     layers=_OPTIONAL,
     stacked=(*_OPTIONAL, "empty list"),
     generator=(*_OPTIONAL, "generator"),
-    **{name: _FLOATS for name in ("r_mean", "s_mean")},
-    **{name: _POSITIVE for name in ("r_std", "s_std")},
+    r_mean=_FLOATS,
+    s_mean=_FLOATS,
+    r_std=_POSITIVE,
+    s_std=_POSITIVE,
 )
 _row(fe.ensemble_buffers, lambda: {**_model(), "E": E}, model=("module",), E=("3",))
 _row(fe.stack_params, lambda: {"members": [nn.Linear(3, 2)], "model": nn.Linear(3, 2)}, model=("None", "module"))
@@ -410,8 +413,10 @@ _row(
     },
     loss=("~module",),
     outputs=tuple(f"~{kind}" for kind in (*_TENSORS, *_CHANGED, "params")),
-    targets=tuple(f"~{kind}" for kind in (*_TENSORS, "nothing", "0-d", "0-d int", "no rows", *_CHANGED, "params"))
-    + ("~as no rows", "~as 0-d"),
+    targets=tuple(
+        f"~{kind}"
+        for kind in ("nothing", "0-d", "0-d int", "no rows", *_TENSORS, "as no rows", "as 0-d", *_CHANGED, "params")
+    ),
     values=_OPTIONAL,
 )
 _row(
@@ -460,7 +465,9 @@ _row(
     rank1_lr_factor=_POSITIVE,
     rank1_weight_decay=(*_POSITIVE, "0-d", "0-d int", "~vector", "~int tensor"),
     params=("params", "as int", "as bool", "as complex", "on meta", "with an axis more"),
-    **{name: (*_POSITIVE, "0-d", "0-d int") for name in ("lr", "weight_decay", "momentum")},
+    lr=(*_POSITIVE, "0-d", "0-d int"),
+    weight_decay=(*_POSITIVE, "0-d", "0-d int"),
+    momentum=(*_POSITIVE, "0-d", "0-d int"),
 )
 _row(
     fe.bootstrap,
@@ -569,6 +576,12 @@ def found_wrong(row: Row, argument: str, folder: Path) -> tuple[int, list[str]]:
             if not accepted:
                 wrong.append(f"{name}, {kind}: taken")
     return count, wrong
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _meta_kernels() -> None:
+    """torch imports what it knows of the meta device at the first use of it, which takes seconds."""
+    torch.ones(2, device="meta").softmax(0)
 
 
 @pytest.mark.parametrize(("name", "argument"), [(name, each) for name, row in ROWS.items() for each in _arguments(row)])

@@ -44,10 +44,7 @@ def check_is_params(params: Any) -> None:
 
 
 def check_leaves(params: Any) -> None:
-    """TypeError or ValueError where `params` is not an `EnsembleParams` of strided tensors, the stacked ones `[E, ...]`.
-
-    It needs no model, and takes a microsecond for three tensors.
-    """
+    """TypeError or ValueError where `params` are no `EnsembleParams` of strided tensors, stacked ones `[E, ...]`."""
     check_is_params(params)
     shared, stacked = params
     _check_dicts(shared, stacked)
@@ -118,10 +115,9 @@ def _check_tensors(argument: str, values: Mapping[str, Any], anatomy: Anatomy) -
 
 def _check_strided(argument: str, values: Mapping[str, Any]) -> None:
     """TypeError, naming them, where values are no tensors; ValueError where they are sparse or nested."""
-    wrong = [name for name, value in values.items() if not isinstance(value, Tensor)]
+    wrong = {name: type(value).__name__ for name, value in values.items() if not isinstance(value, Tensor)}
     if wrong:
-        value = values[wrong[0]]
-        raise TypeError(f"{argument}: expected tensors, got {shown(value)} in {wrong}{advice(value, 'it')}")
+        raise TypeError(f"{argument}: expected tensors, got {wrong}{advice(values[next(iter(wrong))], 'it')}")
     odd = [name for name, tensor in values.items() if tensor.layout is not torch.strided or tensor.is_nested]
     if odd:
         raise ValueError(f"{argument}: expected strided tensors, got {shown(values[odd[0]])} in {odd}; give to_dense()")

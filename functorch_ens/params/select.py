@@ -115,7 +115,8 @@ def _as_patterns(selector: Any, argument: str) -> list[str]:
     """The patterns of a selector that is not a predicate; TypeError, naming `argument`, where it is none."""
     if isinstance(selector, str):
         return [selector]
-    wanted = f"{argument}: expected a name pattern, a list of patterns or a predicate on (name, object), got {shown(selector)}"
+    kinds = "a name pattern, a list of patterns or a predicate on (name, object)"
+    wanted = f"{argument}: expected {kinds}, got {shown(selector)}"
     if not isinstance(selector, Iterable) or isinstance(selector, Tensor):
         raise TypeError(wanted)
     patterns = list(selector)

@@ -22,6 +22,7 @@ from functorch_ens.checks import (
     check_option,
     check_path,
     check_positive_int,
+    check_tensor,
     check_text,
     shown,
 )
@@ -152,7 +153,9 @@ def fit(
 
 def _check_batches(batches: Any) -> None:
     """TypeError where `batches` are neither a collection nor a function of a generator."""
-    expected = "an iterable of batches, or a function of a generator that makes one"
+    expected = "an iterable, or a function of a generator"
+    if isinstance(batches, Tensor):
+        check_tensor(batches, "batches", expected)
     if isinstance(batches, str | bytes | nn.Module) or (isinstance(batches, Tensor) and batches.ndim == 0):
         raise TypeError(f"batches: expected {expected}, got {shown(batches)}")
     if not isinstance(batches, Iterable) or isinstance(batches, type):

@@ -109,10 +109,12 @@ def _hyperparameter(value: Any, key: str) -> Any:
             found = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{key}: expected a number, or one for each member, got {shown(value)}") from error
-        return _check_hyperparameter(found, key, minimum).to(torch.float64)
+        _check_hyperparameter(found, key, minimum)
+        return torch.as_tensor(value, dtype=torch.float64)
     if isinstance(value, tuple | list):
         for item in value:
-            _hyperparameter(item, key)
+            if item is not None:
+                _hyperparameter(item, key)
     elif isinstance(value, complex) or (isinstance(value, Real) and not isinstance(value, bool)):
         check_number(value, key, minimum=minimum)
     elif key in _AT_LEAST_0 or not (value is None or isinstance(value, bool | str) or callable(value)):
@@ -153,11 +155,11 @@ def check_groups(optimizer: Optimizer) -> None:
                     f"({group.get('name', 'without a name')}) has{meant}"
                 )
         for key in _AT_LEAST_0:
-            value = group.get(key, 0.0)
-            if isinstance(value, Tensor):
-                _check_hyperparameter(value, f"optimizer: {key}", 0.0)
-            elif value is not None:
-                check_number(value, f"optimizer: {key}", minimum=0.0)
+            if group.get(key) is not None:
+                try:
+                    _hyperparameter(group[key], key)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"optimizer: group {i}: {error}") from error
 
 
 def _groups(kind: str, stacks: list[Tensor], values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -93,8 +93,7 @@ def make_train_step(
         check_callable(prepare, "prepare", "a function of the batch")
     for name, value in check_values(values).items():
         check_option(value.requires_grad, (False,), f"values[{name!r}].requires_grad")
-    if prepare is None:  # else it says how many targets there are
-        check_callable(loss, "loss", EXPECTED, ["output", "y"], values or ())
+    check_callable(loss, "loss", EXPECTED, ["output", "y"], values or ())
     check_groups(optimizer)
     if clip_norm is not None and not check_number(clip_norm, "clip_norm", minimum=0.0):
         raise ValueError(f"clip_norm: expected a number > 0, got {clip_norm!r}")

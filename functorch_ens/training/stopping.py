@@ -12,7 +12,6 @@ from torch import Tensor
 from functorch_ens._torch import pytree
 from functorch_ens.params.pytree import EnsembleParams
 
-
 _LESS = {"loss", "error", "err", "nll", "neg", "negative", "brier", "mse", "rmse", "mae", "ece"}
 _MORE = {"accuracy", "acc", "auroc", "auc", "aupr", "f1", "precision", "recall", "r2", "iou", "dice", "likelihood"}
 

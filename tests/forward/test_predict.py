@@ -103,7 +103,8 @@ def test_bad_arguments() -> None:
     params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
     for inputs, error, message in (
         ((), TypeError, "inputs: expected tensors .*, got none"),
-        (([1.0],), TypeError, r"inputs: expected tensors \[N, ...\], got \[1.0\]"),
+        ((1.0,), TypeError, r"inputs: expected tensors \[N, ...\], .* got 1.0"),
+        (([1.0],), TypeError, r"inputs: expected batches of tensors \[B, ...\], got 1.0"),
         ((randn(0, 3),), ValueError, r"inputs: expected .* N > 0, got the shapes \[\[0, 3\]\]"),
         ((randn(4, 3), randn(5, 3)), ValueError, r"of one length .* got the shapes \[\[4, 3\], \[5, 3\]\]"),
         ((torch.tensor(1.0),), ValueError, r"of one length .* got the shapes \[\[\]\]"),

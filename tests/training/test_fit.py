@@ -444,7 +444,7 @@ _OTHER = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1, requires
     [
         ({"epochs": 0}, ValueError, "epochs: expected a positive int, got 0"),
         ({"patience": 0}, ValueError, "patience: expected a positive int, got 0"),
-        ({"patience": 1}, ValueError, "monitor: expected the name of what is to become less"),
+        ({"patience": 1}, ValueError, "monitor: expected the name of what is to become better"),
         ({"monitor": "nll", "evaluate": None}, ValueError, "monitor: expected evaluate too, which returns 'nll'"),
         ({"monitor": "other"}, ValueError, r"monitor: expected 'other', a number or \[3\]"),
         ({"evaluate": lambda *_: 3}, ValueError, "evaluate: expected a dict of results, .* got 3"),
