@@ -464,7 +464,16 @@ _row(
     lambda: {"params": _params(), "values": {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}},
     rank1_lr_factor=_POSITIVE,
     rank1_weight_decay=(*_POSITIVE, "0-d", "0-d int", "~vector", "~int tensor"),
-    params=("params", "as int", "as bool", "as complex", "on meta", "with an axis more"),
+    params=(
+        "params",
+        "as no rows",
+        "as one row less",
+        "as int",
+        "as bool",
+        "as complex",
+        "on meta",
+        "with an axis more",
+    ),
     lr=(*_POSITIVE, "0-d", "0-d int"),
     weight_decay=(*_POSITIVE, "0-d", "0-d int"),
     momentum=(*_POSITIVE, "0-d", "0-d int"),
@@ -579,9 +588,9 @@ def found_wrong(row: Row, argument: str, folder: Path) -> tuple[int, list[str]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _meta_kernels() -> None:
-    """torch imports what it knows of the meta device at the first use of it, which takes seconds."""
-    torch.ones(2, device="meta").softmax(0)
+def _warm() -> None:
+    """torch imports its compiler with the first optimiser, and that takes seconds."""
+    KINDS["optimizer"]()
 
 
 @pytest.mark.parametrize(("name", "argument"), [(name, each) for name, row in ROWS.items() for each in _arguments(row)])

@@ -50,10 +50,9 @@ def check_leaves(params: Any) -> None:
     _check_dicts(shared, stacked)
     for part in params:
         _check_strided("params", part)
-    lengths = {tensor.shape[0] if tensor.ndim else None for tensor in stacked.values()}
-    if None in lengths or len(lengths) > 1:
-        shapes = {name: list(tensor.shape) for name, tensor in stacked.items()}
-        raise ValueError(f"params: expected stacked tensors with one leading member axis [E, ...], got {shapes}")
+    flat = [name for name, tensor in stacked.items() if not tensor.ndim]
+    if flat:
+        raise ValueError(f"params: expected a leading member axis [E, ...], got tensors of the shape [] in {flat}")
 
 
 def check_params(params: Any, anatomy: Anatomy) -> int:

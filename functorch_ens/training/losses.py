@@ -71,9 +71,7 @@ def member_losses(
             empty, one of `values` is not `[E, ...]`, `loss` returns more than one number, a label is out of range, or a
             target is `[E, B, ...]` without `member_targets`.
     """
-    if values is not None:
-        check_mapping(values, "values", "a dict of tensors [E, ...]")
-    check_callable(loss, "loss", EXPECTED, ["output", *("y" for _ in targets)], values or ())
+    check_callable(loss, "loss", EXPECTED, ["output", *("y" for _ in targets)] if values is None else None)
     check_bool(member_targets, "member_targets")
     for argument, tree in (("outputs", outputs), *(("targets", target) for target in targets)):
         tensors, _ = take_apart(tree)

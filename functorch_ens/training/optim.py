@@ -154,8 +154,8 @@ def check_groups(optimizer: Optimizer) -> None:
                     f"optimizer: {type(optimizer).__name__} has no hyperparameter {key!r}, which group {i} "
                     f"({group.get('name', 'without a name')}) has{meant}"
                 )
-        for key in _AT_LEAST_0:
-            if group.get(key) is not None:
+        for key in (*_AT_LEAST_0, "betas"):
+            if key in group and group[key] is not optimizer.defaults.get(key):  # else its constructor has checked it
                 try:
                     _hyperparameter(group[key], key)
                 except (TypeError, ValueError) as error:

@@ -83,7 +83,6 @@ def make_train_step(
     """
     if not isinstance(forward, Forward):
         raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {shown(forward)}")
-    check_callable(loss, "loss", EXPECTED)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected an optimizer of torch.optim, got {shown(optimizer)}")
     if isinstance(optimizer, torch.optim.LBFGS):

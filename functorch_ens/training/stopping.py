@@ -19,9 +19,11 @@ _MORE = {"accuracy", "acc", "auroc", "auc", "aupr", "f1", "precision", "recall",
 def better(monitor: str) -> str:
     """Which values of `monitor` are better, by its name: `"max"` for accuracy and its like, else `"min"`.
 
-    >>> [better(name) for name in ("nll", "val_accuracy", "top-1 acc", "calibration_error", "value")]
-    ['min', 'max', 'max', 'min', 'min']
+    >>> [better(name) for name in ("nll", "val_accuracy", "top-1 acc", "-accuracy", "calibration_error", "value")]
+    ['min', 'max', 'max', 'min', 'min', 'min']
     """
+    if re.match(r"(1 ?)?-", monitor):
+        return "min"
     words = set(re.findall(r"[a-z]+\d?", monitor.lower()))
     return "max" if words & _MORE and not words & _LESS else "min"
 
