@@ -104,12 +104,18 @@ def _check_tensors(argument: str, values: Mapping[str, Any], anatomy: Anatomy) -
     The model cannot have whole numbers in the place of others, nor tensors of which only some have values.
     """
     _check_strided(argument, values)
-    whole = [name for name, tensor in values.items() if not is_numeric(tensor) and name not in anatomy.whole_numbers]
-    if whole:
-        raise TypeError(f"{argument}: expected floating tensors, got one of {values[whole[0]].dtype} in {whole}")
-    on_meta = [name for name, tensor in values.items() if tensor.device.type == "meta"]
-    if on_meta and len(on_meta) < len(values):
-        raise ValueError(f"{argument}: expected tensors with values, got ones on the meta device in {on_meta}")
+    if torch.compiler.is_compiling():  # where each check may become a guard
+        return
+    dtypes = {tensor.dtype for tensor in values.values()}
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        whole = [name for name, x in values.items() if not is_numeric(x) and name not in anatomy.whole_numbers]
+        if whole:
+            raise TypeError(f"{argument}: expected floating tensors, got one of {values[whole[0]].dtype} in {whole}")
+    devices = {tensor.device for tensor in values.values()}
+    if len(devices) > 1:
+        on_meta = [name for name, tensor in values.items() if tensor.device.type == "meta"]
+        if on_meta:
+            raise ValueError(f"{argument}: expected tensors with values, got ones on the meta device in {on_meta}")
 
 
 def _check_strided(argument: str, values: Mapping[str, Any]) -> None:
@@ -117,6 +123,8 @@ def _check_strided(argument: str, values: Mapping[str, Any]) -> None:
     wrong = {name: type(value).__name__ for name, value in values.items() if not isinstance(value, Tensor)}
     if wrong:
         raise TypeError(f"{argument}: expected tensors, got {wrong}{advice(values[next(iter(wrong))], 'it')}")
+    if torch.compiler.is_compiling():
+        return
     odd = [name for name, tensor in values.items() if tensor.layout is not torch.strided or tensor.is_nested]
     if odd:
         raise ValueError(f"{argument}: expected strided tensors, got {shown(values[odd[0]])} in {odd}; give to_dense()")

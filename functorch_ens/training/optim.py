@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from functorch_ens.anatomy import rank1_names
 from functorch_ens.checks import check_has_values, check_number, check_of_members, check_tensor, shown
-from functorch_ens.params.pytree import EnsembleParams, check_leaves
+from functorch_ens.params.pytree import EnsembleParams, check_is_params, check_leaves
 
 # The devices for which torch has fused kernels of all optimisers that take `fused`.
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -259,8 +259,12 @@ class Finder:
 
     def __call__(self, params: EnsembleParams) -> Trained:
         """What the optimiser trains of `params`."""
-        check_leaves(params)
-        given = [(name, id(t), t.data_ptr(), t.requires_grad) for part in params for name, t in part.items()]
+        check_is_params(params)
+        try:
+            given = [(name, id(t), t.data_ptr(), t.requires_grad) for part in params for name, t in part.items()]
+        except Exception:  # no tensors, or sparse ones: at every step this costs less than to look at them first
+            check_leaves(params)
+            raise
         key = [given, [id(tensor) for tensor in _held(self._optimizer)]]
         if self._last is None or self._last[0] != key:
             self._last = key, Trained(self._optimizer, params)

@@ -128,7 +128,7 @@ def test_batches_of_a_loader_give_the_same_as_tensors(own_inputs: bool) -> None:
     pairs, named = TensorDataset(x, y), [{"x": a, "scale": b} for a, b in zip(x, scale, strict=True)]
     loaders: list[tuple[Any, Any, Any]] = [
         (DataLoader(pairs, batch_size=3), None, want),
-        (DataLoader(_Endless(list(pairs)), batch_size=3), None, want),
+        (DataLoader(_Endless(list(zip(x, y, strict=True))), batch_size=3), None, want),
         ([x[:3], x[3:]], None, want),
         ((batch for batch in (x[:3], x[3:])), None, want),
         (DataLoader(named, batch_size=3), None, scaled),  # type: ignore[arg-type]  # a list is a data set too

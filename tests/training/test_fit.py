@@ -454,7 +454,7 @@ def test_a_loader_without_a_length() -> None:
         params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
         step = fe.make_train_step(forward, F.mse_loss, torch.optim.SGD(tree_leaves(params), lr=0.1), compile=False)
         results.append(fe.fit(step, params, batches, epochs=2).history["loss"])
-    assert_same(*results, tolerance=0)
+    assert_same(results[0], results[1], tolerance=0)
 
 
 @pytest.mark.parametrize(("name", "mode"), [("accuracy", None), ("val_acc", None), ("value", "max")])
