@@ -63,12 +63,9 @@ def check_path(value: Any, argument: str) -> None:
 
 
 def check_mapping(value: Any, argument: str, expected: str) -> None:
-    """TypeError if `value` is not a mapping from names (text)."""
+    """TypeError if `value` is not a mapping, such as a dict."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{argument}: expected {expected}, got {kind_of(value)}")
-    for name in value:
-        if not isinstance(name, str):
-            raise TypeError(f"{argument}: expected names (text) for keys, got {shown(name)}")
 
 
 def check_callable(

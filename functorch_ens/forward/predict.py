@@ -53,6 +53,7 @@ def predict(
     if not isinstance(forward, Forward):
         raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {shown(forward)}")
     E = forward.check(params, buffers)
+    forward.check_kinds(params, buffers)
     are_batches = len(inputs) == 1 and isinstance(inputs[0], Iterable) and not isinstance(inputs[0], _NOT_BATCHES)
     if prepare is not None:
         check_callable(prepare, "prepare", "a function of the batch", None if are_batches else ["input"] * len(inputs))

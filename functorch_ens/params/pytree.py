@@ -46,11 +46,12 @@ def check_is_params(params: Any) -> None:
 def check_leaves(params: Any) -> None:
     """TypeError or ValueError where `params` are no `EnsembleParams` of strided tensors, stacked ones `[E, ...]`."""
     check_is_params(params)
-    shared, stacked = params
-    _check_dicts(shared, stacked)
     for part in params:
+        if not isinstance(part, Mapping):
+            raise TypeError(f"params: expected EnsembleParams of two dicts, got {type(part).__name__}")
+        _check_tensors("params", part)
         _check_strided("params", part)
-    flat = [name for name, tensor in stacked.items() if not tensor.ndim]
+    flat = [name for name, tensor in params.stacked.items() if not tensor.ndim]
     if flat:
         raise ValueError(f"params: expected a leading member axis [E, ...], got tensors of the shape [] in {flat}")
 
@@ -59,7 +60,10 @@ def check_params(params: Any, anatomy: Anatomy) -> int:
     """The number of members of `params`; TypeError or ValueError, naming what is wrong, where they do not fit."""
     check_is_params(params)
     shared, stacked = params
-    _check_dicts(shared, stacked)
+    if not isinstance(shared, Mapping) or not isinstance(stacked, Mapping):
+        raise TypeError(
+            f"params: expected EnsembleParams of two dicts, got {type(shared).__name__} and {type(stacked).__name__}"
+        )
     if not stacked:
         raise ValueError(f"params: nothing is stacked, so there are no members; shared: {list(shared)}")
     twice = [name for name in stacked if name in shared]
@@ -71,7 +75,7 @@ def check_params(params: Any, anatomy: Anatomy) -> int:
     alone = [(r, s) for r, s in anatomy.pairs if (r in given) != (s in given)]
     if alone:
         raise ValueError(f"params: r and s come in pairs; one is missing of {alone}")
-    _check_tensors("params", given, anatomy)
+    _check_tensors("params", given)
     name, first = next(iter(stacked.items()))
     if first.ndim == 0 or first.shape[0] == 0:
         raise ValueError(f"params: {name}: expected a leading member axis, got a tensor of shape {list(first.shape)}")
@@ -86,26 +90,33 @@ def check_buffers(buffers: Any, anatomy: Anatomy, E: int) -> None:
     if not isinstance(buffers, Mapping):
         raise TypeError(f"buffers: expected a dict (from ensemble_buffers), got {type(buffers).__name__}")
     check_keys(buffers, anatomy.buffer_shapes, f"buffers: {anatomy.kind}")
-    _check_tensors("buffers", buffers, anatomy)
+    _check_tensors("buffers", buffers)
     _check_shapes("buffers", buffers, anatomy.buffer_shapes, (E,))
 
 
-def _check_dicts(shared: Any, stacked: Any) -> None:
-    """TypeError where one of the two parts of params is no dict."""
-    if not isinstance(shared, Mapping) or not isinstance(stacked, Mapping):
-        raise TypeError(
-            f"params: expected EnsembleParams of two dicts, got {type(shared).__name__} and {type(stacked).__name__}"
-        )
+def _check_tensors(argument: str, values: Mapping[str, Any]) -> None:
+    """TypeError, naming them, where values are no tensors."""
+    wrong = {name: type(value).__name__ for name, value in values.items() if not isinstance(value, Tensor)}
+    if wrong:
+        raise TypeError(f"{argument}: expected tensors, got {wrong}{advice(values[next(iter(wrong))], 'it')}")
 
 
-def _check_tensors(argument: str, values: Mapping[str, Any], anatomy: Anatomy) -> None:
-    """TypeError or ValueError, naming them, where values are no strided tensors of a kind that the model can have.
+def check_kinds(params: EnsembleParams, buffers: Mapping[str, Tensor] | None, anatomy: Anatomy) -> None:
+    """TypeError or ValueError, naming them, where tensors are of a kind that those of the model cannot be.
 
-    The model cannot have whole numbers in the place of others, nor tensors of which only some have values.
+    It is apart from `check_params` because compiled code goes without it: each look is a guard there.
+    """
+    _check_kinds("params", {**params.shared, **params.stacked}, anatomy)
+    if buffers is not None:
+        _check_kinds("buffers", buffers, anatomy)
+
+
+def _check_kinds(argument: str, values: Mapping[str, Tensor], anatomy: Anatomy) -> None:
+    """TypeError or ValueError, naming them, where tensors are of a kind that those of the model cannot be.
+
+    That is sparse, of whole numbers where the model's are not, or on the meta device where others are not.
     """
     _check_strided(argument, values)
-    if torch.compiler.is_compiling():  # where each check may become a guard
-        return
     dtypes = {tensor.dtype for tensor in values.values()}
     if not all(dtype.is_floating_point for dtype in dtypes):
         whole = [name for name, x in values.items() if not is_numeric(x) and name not in anatomy.whole_numbers]
@@ -118,13 +129,8 @@ def _check_tensors(argument: str, values: Mapping[str, Any], anatomy: Anatomy) -
             raise ValueError(f"{argument}: expected tensors with values, got ones on the meta device in {on_meta}")
 
 
-def _check_strided(argument: str, values: Mapping[str, Any]) -> None:
-    """TypeError, naming them, where values are no tensors; ValueError where they are sparse or nested."""
-    wrong = {name: type(value).__name__ for name, value in values.items() if not isinstance(value, Tensor)}
-    if wrong:
-        raise TypeError(f"{argument}: expected tensors, got {wrong}{advice(values[next(iter(wrong))], 'it')}")
-    if torch.compiler.is_compiling():
-        return
+def _check_strided(argument: str, values: Mapping[str, Tensor]) -> None:
+    """ValueError, naming them, where tensors are sparse or nested."""
     odd = [name for name, tensor in values.items() if tensor.layout is not torch.strided or tensor.is_nested]
     if odd:
         raise ValueError(f"{argument}: expected strided tensors, got {shown(values[odd[0]])} in {odd}; give to_dense()")

@@ -130,6 +130,7 @@ def fit(
     if monitor is None and (patience is not None or isinstance(scheduler, ReduceLROnPlateau)):
         raise ValueError("monitor: expected the name of what is to become better, for patience or ReduceLROnPlateau")
     step.forward.check(params, buffers)
+    step.forward.check_kinds(params, buffers)
     before = set(step.stopped)
     run = _Run(step, params, buffers, generator, scheduler, patience, mode)
     file = None if checkpoint is None else Path(checkpoint)
@@ -158,7 +159,7 @@ def _check_batches(batches: Any) -> None:
         check_tensor(batches, "batches", expected)
     if isinstance(batches, str | bytes | nn.Module) or (isinstance(batches, Tensor) and batches.ndim == 0):
         raise TypeError(f"batches: expected {expected}, got {shown(batches)}")
-    if not isinstance(batches, Iterable) or isinstance(batches, type):
+    if callable(batches) or not isinstance(batches, Iterable):
         check_callable(batches, "batches", expected, ["generator"])
 
 
@@ -223,7 +224,7 @@ class _Run:
 
     def one_epoch(self, batches: Batches, scheduler: Scheduler | None, bar: Any, epochs: int) -> None:
         """Go through the batches once."""
-        given: Any = batches if isinstance(batches, Iterable) else batches(self._generator)
+        given: Any = batches(self._generator) if callable(batches) else batches
         if not isinstance(given, Iterable):
             raise TypeError(f"batches: expected a function that returns an iterable, it returned {shown(given)}")
         if bar.total is None and (length := _length(given)) is not None:

@@ -17,11 +17,11 @@ from functorch_ens.checks import (
     advice,
     check_bool,
     check_callable,
-    check_mapping,
     check_number,
     check_of_members,
     check_tensor,
     first_line,
+    kind_of,
     shown,
 )
 from functorch_ens.forward.failures import is_of_vmap, is_transient
@@ -71,8 +71,15 @@ def member_losses(
             empty, one of `values` is not `[E, ...]`, `loss` returns more than one number, a label is out of range, or a
             target is `[E, B, ...]` without `member_targets`.
     """
-    check_callable(loss, "loss", EXPECTED, ["output", *("y" for _ in targets)] if values is None else None)
-    check_bool(member_targets, "member_targets")
+    if not torch.compiler.is_compiling():
+        check_callable(loss, "loss", EXPECTED, ["output", *("y" for _ in targets)] if values is None else None)
+        check_bool(member_targets, "member_targets")
+        _check_trees(outputs, *targets)
+    return MemberLosses(loss, logging.DEBUG)(outputs, *targets, member_targets=member_targets, values=values)
+
+
+def _check_trees(outputs: Any, *targets: Any) -> None:
+    """TypeError or ValueError where one of these is not a pytree of strided tensors, or has none."""
     for argument, tree in (("outputs", outputs), *(("targets", target) for target in targets)):
         tensors, _ = take_apart(tree)
         if not tensors:
@@ -81,7 +88,6 @@ def member_losses(
             )
         for tensor in tensors:
             check_tensor(tensor, argument)
-    return MemberLosses(loss, logging.DEBUG)(outputs, *targets, member_targets=member_targets, values=values)
 
 
 class MemberLosses:
@@ -226,7 +232,11 @@ def check_values(values: Mapping[str, Tensor] | None, E: int | None = None) -> d
     """`values` as a dict; TypeError or ValueError where they are not `{name: [E, ...]}`, for any E if that is None."""
     if values is None:
         return {}
-    check_mapping(values, "values", "a dict of tensors [E, ...]")
+    if not isinstance(values, Mapping):  # not check_mapping: in compiled code each function is another guard
+        raise TypeError(f"values: expected a dict of tensors [E, ...], got {kind_of(values)}")
+    for name in values:
+        if not isinstance(name, str):
+            raise TypeError(f"values: expected the names of keyword arguments, got {shown(name)}")
     return {name: check_of_members(value, E, f"values[{name!r}]") for name, value in values.items()}
 
 

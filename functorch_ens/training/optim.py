@@ -144,9 +144,11 @@ def check_groups(optimizer: Optimizer) -> None:
     torch.optim looks at the arguments of the constructor alone, so a misspelt key in a group trains by the default. An
     optimiser that is not torch's own may read other keys; there only those much like one of its own are refused.
     """
-    known, is_torchs = list(optimizer.defaults), type(optimizer).__module__.startswith("torch.optim")
+    known, is_torchs = list(optimizer.defaults), type(optimizer).__module__.startswith("torch.optim.")
     for i, group in enumerate(optimizer.param_groups):
         for key in group.keys() - {"params", "name", "param_names", *_OF_SCHEDULERS, *known}:
+            if key == "weight_decay" and not isinstance(group[key], Tensor) and group[key] == 0:
+                continue  # param_groups says so of r and s to every optimiser
             close = difflib.get_close_matches(key, known, cutoff=0.75)
             if close or is_torchs:
                 meant = f"; is {' or '.join(map(repr, close))} meant?" if close else f"; it has {known}"

@@ -101,10 +101,10 @@ def make_train_step(
     check_option(autocast, (None, torch.bfloat16), "autocast")
     if not isinstance(compile, bool):
         check_mapping(compile, "compile", "True, False or options of torch.compile")
-        known = list(inspect.signature(torch.compile).parameters)[1:]
-        unknown = [name for name in compile if name not in known]
-        if unknown:
-            raise ValueError(f"compile: torch.compile has no option {unknown[0]!r}; it has {known}")
+        try:
+            inspect.signature(torch.compile).bind(None, **compile)
+        except TypeError as error:
+            raise TypeError(f"compile: expected options of torch.compile, got {dict(compile)!r}: {error}") from error
     return TrainStep(
         Objective(forward, loss, reduction, prepare, autocast, member_targets),
         optimizer,

@@ -167,6 +167,8 @@ def test_a_hyperparameter_that_the_optimiser_does_not_have() -> None:
         with pytest.raises(ValueError, match=f"optimizer: .*{message}"):
             fe.make_train_step(forward, F.cross_entropy, optimizer)
     fe.make_train_step(forward, F.cross_entropy, Own(fe.param_groups(params, lr=0.1, depth=3)))
+    rank1 = fe.param_groups(fe.batchensemble_params(model, 3), lr=0.1)
+    fe.make_train_step(forward, F.cross_entropy, torch.optim.Rprop(rank1))  # which has no weight decay
     optimizer = torch.optim.AdamW(fe.param_groups(params, lr=torch.ones(3), betas=[0.8, 0.9]))
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
     fe.make_train_step(forward, F.cross_entropy, optimizer)
