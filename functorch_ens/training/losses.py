@@ -234,9 +234,6 @@ def check_values(values: Mapping[str, Tensor] | None, E: int | None = None) -> d
         return {}
     if not isinstance(values, Mapping):  # not check_mapping: in compiled code each function is another guard
         raise TypeError(f"values: expected a dict of tensors [E, ...], got {kind_of(values)}")
-    for name in values:
-        if not isinstance(name, str):
-            raise TypeError(f"values: expected the names of keyword arguments, got {shown(name)}")
     return {name: check_of_members(value, E, f"values[{name!r}]") for name, value in values.items()}
 
 
