@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from functorch_ens import _torch
+from functorch_ens.checks import check_callable, shown
 
 # --------------------------------------------------------------------------------------------------------------------
 # The layout of a weight
@@ -86,18 +87,21 @@ def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout])
     {'weight_r': [2, 4], 'weight_s': [2, 3]}
 
     Raises:
-        TypeError: one of `layer_types` is not a module class.
+        TypeError: one of `layer_types` is not a module class, or `layout` is not a function of the layer.
     """
     check_layer_types(layer_types)
+    check_callable(layout, "layout", "a function of the layer that returns a Layout", ["layer"])
     for layer_type in layer_types:
         _layouts[layer_type] = layout
 
 
 def check_layer_types(layer_types: tuple[Any, ...]) -> None:
-    """TypeError where one of `layer_types` is not a class of modules."""
+    """TypeError where one of `layer_types` is not a class of modules, or there are none."""
+    if not layer_types:
+        raise TypeError("layer_types: expected subclasses of torch.nn.Module, got none")
     for layer_type in layer_types:
         if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
-            raise TypeError(f"layer_types: expected subclasses of torch.nn.Module, got {layer_type!r}")
+            raise TypeError(f"layer_types: expected subclasses of torch.nn.Module, got {shown(layer_type)}")
 
 
 def has_layout(layer: nn.Module) -> bool:
@@ -109,7 +113,10 @@ def layout_of(layer: nn.Module) -> Layout:
     """The layout of the weights of `layer`: the nearest registered class decides; else output first, then input."""
     for layer_type in type(layer).__mro__:
         if layer_type in _layouts:
-            return _layouts[layer_type](layer)
+            found = _layouts[layer_type](layer)
+            if not isinstance(found, Layout):
+                raise TypeError(f"layout: expected a function that returns a Layout, it returned {shown(found)}")
+            return found
     return Layout()
 
 
@@ -147,7 +154,7 @@ class Anatomy:
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {model!r}")
+            raise TypeError(f"model: expected a torch.nn.Module, got {shown(model)}")
         self.model = model
         self.modules = dict(model.named_modules())
         """Every module once, under its first name."""
@@ -173,6 +180,8 @@ class Anatomy:
         """Every name that a parameter has, to its first one."""
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self.buffer_shapes = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+        self.whole_numbers = frozenset(name for name, x in {**parameters, **buffers}.items() if not is_numeric(x))
+        """The names of parameters and buffers that are not floating or complex."""
         self.layouts = {
             name: layout_of(self.sites[name][0].module)
             for name, parameter in parameters.items()
@@ -213,7 +222,15 @@ class Anatomy:
     @property
     def facts(self) -> list[object]:
         """Names and shapes alone, which never change; nothing among them is, or holds, a part of the model."""
-        return [self.kind, self.shapes, self.buffer_shapes, self.vectors, self.pairs, self.every_shape]
+        return [
+            self.kind,
+            self.shapes,
+            self.buffer_shapes,
+            self.whole_numbers,
+            self.vectors,
+            self.pairs,
+            self.every_shape,
+        ]
 
     def layouts_of(self, layer: nn.Module) -> dict[str, Layout]:
         """The layouts of the weights of `layer` that can have `r` and `s`, by what the layer calls them."""

@@ -171,6 +171,7 @@ def gaussian_nll(outputs: Tensor, y: Tensor) -> Tensor:
         raise ValueError(
             f"y: expected one target for each input of outputs {list(outputs.shape)}, got shape {list(y.shape)}"
         )
+    _check_device(y, "y", outputs, "outputs")
     if shows_values(y) and not bool(y.detach().isfinite().all()):
         raise ValueError("y: expected finite numbers, got nan or inf")
     mean, log_variance = outputs.to(torch.promote_types(outputs.dtype, y.dtype)).unbind(-1)
@@ -222,6 +223,7 @@ def selective_accuracy(logits: Tensor, y: Tensor, *, score: Tensor | None = None
         _check_score(score, "score")
         if score.shape != y.shape:
             raise ValueError(f"score: expected the shape of y, {list(y.shape)}, got {list(score.shape)}")
+        _check_device(score, "score", logits, "logits")
     right = (q.argmax(-1) == y).flatten()
     ordered, order = score.detach().flatten().sort()
     hits = F.pad(right[order].cumsum(0), (1, 0))  # [B + 1]: among the first 0, 1, ... B
@@ -254,6 +256,7 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
         _check_score(scores, argument)
         if scores.ndim != 1 or not len(scores):
             raise ValueError(f"{argument}: expected scores on one axis, at least one, got shape {list(scores.shape)}")
+    _check_device(outside, "outside", inside, "inside")
     dtype = torch.promote_types(torch.promote_types(inside.dtype, outside.dtype), torch.float32)
     ordered, given = inside.detach().to(dtype).sort().values, outside.detach().to(dtype).contiguous()
     ranks = torch.searchsorted(ordered, given) + torch.searchsorted(ordered, given, right=True)
@@ -265,3 +268,9 @@ def _check_score(score: Tensor, argument: str) -> None:
     check_floating(score, argument)
     if shows_values(score) and bool(score.isnan().any()):
         raise ValueError(f"{argument}: expected numbers, got nan")
+
+
+def _check_device(tensor: Tensor, argument: str, other: Tensor, its: str) -> None:
+    """ValueError if two tensors are not on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{argument}: expected the device of {its}, {other.device}, got {tensor.device}")

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functorch_ens.checks import check_option, check_positive_int
+from functorch_ens.checks import (
+    check_callable,
+    check_has_values,
+    check_mapping,
+    check_option,
+    check_positive_int,
+    check_tensor,
+    shown,
+)
 from functorch_ens.metrics import auroc, confidence_bins, selective_accuracy
 from functorch_ens.uncertainty.logits import check_floating
 from functorch_ens.uncertainty.measures import Uncertainty, classification_uncertainty
@@ -44,6 +52,7 @@ def reliability_diagram(logits: Tensor, y: Tensor, *, bins: int = 15, ax: Axes |
 
     Source: Guo et al. 2017, arXiv:1706.04599, figure 1.
     """
+    _check(ax, logits=logits, y=y)
     counts = confidence_bins(logits, y, bins=bins)
     inputs, hits, confidence = (_array(each) for each in counts)
     used = inputs > 0
@@ -89,11 +98,16 @@ def selective_accuracy_curve(curves: Mapping[str, Tensor], y: Tensor, *, ax: Axe
         ValueError: `curves` is empty, or as `selective_accuracy`.
         ImportError: matplotlib is missing.
     """
-    if not isinstance(curves, Mapping):
-        raise TypeError(f"curves: expected logits by their names, got {type(curves).__name__}")
+    check_mapping(curves, "curves", "logits by their names")
     if not curves:
         raise ValueError("curves: expected at least one ensemble, got none")
-    found = {name: selective_accuracy(logits, y) for name, logits in curves.items()}
+    _check(ax, y=y, **{f"curves[{name!r}]": logits for name, logits in curves.items()})
+    found = {}
+    for name, logits in curves.items():
+        try:
+            found[name] = selective_accuracy(logits, y)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"curves[{name!r}], {error}") from error
     ax = _axes(ax)
     for name, (coverage, accuracy) in found.items():
         ax.plot(_array(coverage), _array(accuracy), linewidth=1.8, label=f"{name} ({accuracy[-1].item():.1%} of all)")
@@ -118,6 +132,7 @@ def ood_histograms(inside: Tensor, outside: Tensor, *, ax: Axes | None = None) -
         TypeError, ValueError: as `auroc`.
         ImportError: matplotlib is missing.
     """
+    _check(ax, inside=inside, outside=outside)
     value = auroc(inside, outside).item()
     both = {"in distribution": (_array(inside), _BLUE), "out of distribution": (_array(outside), _ORANGE)}
     low, high = (end(end(scores) for scores, _ in both.values()) for end in (min, max))
@@ -148,7 +163,7 @@ def uncertainty_plane(
         predict: maps inputs `[N, 2]`, in the dtype and on the device of `points`, to logits `[E, N, C]`. It runs under
             torch.no_grad.
         points: `[M, 2]`, inputs such as the training data. The plane extends beyond them by a quarter on each side.
-        labels: `[M]`, the classes of `points`, drawn as colours.
+        labels: `[M]`, the classes of `points`, integers, drawn as colours.
         measure: `"total"`, `"aleatoric"` or `"epistemic"`, in nats.
         resolution: the number of inputs along each side of the plane, at least 2.
         ax: the axes to draw on.
@@ -159,14 +174,22 @@ def uncertainty_plane(
         TypeError, ValueError: an argument is not as above, or `predict` returns bad logits or another number of inputs.
         ImportError: matplotlib is missing.
     """
+    check_callable(predict, "predict", "a function from inputs [N, 2] to logits [E, N, C]", ["inputs"])
+    _check(ax, points=points, **({} if labels is None else {"labels": labels}))
     check_option(measure, Uncertainty._fields, "measure")
     if check_positive_int(resolution, "resolution") < 2:
         raise ValueError("resolution: expected at least 2 inputs along a side, got 1")
     check_floating(points, "points")
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         raise ValueError(f"points: expected [M, 2], at least one, got shape {list(points.shape)}")
-    if labels is not None and labels.shape != points.shape[:1]:
-        raise ValueError(f"labels: expected one for each of {len(points)} points, got shape {list(labels.shape)}")
+    if not bool(points.detach().isfinite().all()):
+        raise ValueError("points: expected finite numbers, got nan or inf")
+    if labels is not None:
+        check_tensor(labels, "labels", "a tensor of classes")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"labels: expected classes of an integer dtype, got {labels.dtype}")
+        if labels.shape != points.shape[:1]:
+            raise ValueError(f"labels: expected one for each of {len(points)} points, got shape {list(labels.shape)}")
     points = points.detach()
     low, high = points.amin(0), points.amax(0)
     margin = 0.25 * (high - low).clamp(min=1e-3 * high.abs().max().item() + 1e-6)
@@ -177,6 +200,7 @@ def uncertainty_plane(
     plane = torch.cartesian_prod(*sides)
     with torch.no_grad():
         logits = predict(plane)
+    check_tensor(logits, "predict: what it returns", "logits [E, N, C]")
     values = getattr(classification_uncertainty(logits), measure)
     if values.shape != plane.shape[:1]:
         raise ValueError(f"predict: expected logits [E, {len(plane)}, C], got shape {list(logits.shape)}")
@@ -210,6 +234,7 @@ def training_curves(losses: Tensor, *, ax: Axes | None = None) -> Axes:
         ValueError: `losses` has another shape, or is empty.
         ImportError: matplotlib is missing.
     """
+    _check(ax, losses=losses)
     check_floating(losses, "losses")
     if losses.ndim != 2 or not losses.numel():
         raise ValueError(f"losses: expected [epochs, E], at least one of each, got shape {list(losses.shape)}")
@@ -226,6 +251,16 @@ def training_curves(losses: Tensor, *, ax: Axes | None = None) -> Axes:
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
     return ax
+
+
+def _check(ax: Any, **tensors: Any) -> None:
+    """TypeError if `ax` is neither None nor axes; ValueError where one of `tensors` is on the meta device."""
+    # matplotlib is not imported for the check; the array of axes that plt.subplots(1, 2) returns has no method `plot`.
+    if ax is not None and (isinstance(ax, type) or not (hasattr(ax, "plot") and hasattr(ax, "set"))):
+        raise TypeError(f"ax: expected the axes of a figure or None, got {shown(ax)}")
+    for argument, tensor in tensors.items():
+        if isinstance(tensor, Tensor):  # the other checks of it come later
+            check_has_values(tensor, argument)
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -41,7 +41,7 @@ def test_parameters_that_a_forward_cannot_replace_are_an_error(where: str) -> No
     ("model", "error", "message"),
     [
         ("resnet18", TypeError, "model: expected a torch.nn.Module, got 'resnet18'"),
-        (nn.Linear, TypeError, "model: expected a torch.nn.Module, got <class"),
+        (nn.Linear, TypeError, "model: expected a torch.nn.Module, got the class"),
         (nn.ReLU(), ValueError, "model: ReLU has no parameters"),
         (
             nn.Sequential(nn.LazyLinear(3)),

@@ -24,7 +24,7 @@ from functorch_ens.layers.conv import CONVOLUTION
 from functorch_ens.layers.norm import RUNNING_NORM
 from functorch_ens.layers.operators import SIDES
 from functorch_ens.layers.registry import obstacle, takes_any_size
-from functorch_ens.params.pytree import EnsembleParams, check_buffers, check_params
+from functorch_ens.params.pytree import EnsembleParams, check_buffers, check_kinds, check_params
 from functorch_ens.rng import RandomState
 
 log = logging.getLogger(__name__)
@@ -169,6 +169,7 @@ class Forward:
             if not self._known.takes_any_size and _torch.has_symbolic_sizes(call.members.inputs):
                 plan = plan.for_any_size()
             return call.result(run(call, plan))
+        self.check_kinds(params, buffers)
         try:
             return self._compute(call)
         except NameError as error:
@@ -202,6 +203,10 @@ class Forward:
         else:
             check_buffers(buffers, self._anatomy, E)
         return E
+
+    def check_kinds(self, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> None:
+        """TypeError or ValueError where tensors that have passed `check` are sparse, of whole numbers or on meta."""
+        check_kinds(params, buffers, self._anatomy)
 
     def compiled_plan(self, params: EnsembleParams) -> Plan:
         """The plan inside torch.compile: `"auto"` may take another one.

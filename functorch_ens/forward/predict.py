@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from einops import repeat
-from torch import Tensor
+from torch import Tensor, nn
 
 from functorch_ens._torch import pytree
-from functorch_ens.checks import check_positive_int, shown
+from functorch_ens.checks import advice, check_callable, check_positive_int, check_tensor, shown
 from functorch_ens.forward.forward import Forward
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.trees import Form, cut_rows, take_apart
@@ -19,7 +19,7 @@ from functorch_ens.trees import Form, cut_rows, take_apart
 def predict(
     forward: Forward,
     params: EnsembleParams,
-    *inputs: Tensor,
+    *inputs: Any,
     buffers: Mapping[str, Tensor] | None = None,
     batch_size: int = 256,
     prepare: Callable[..., Any] | None = None,
@@ -35,44 +35,43 @@ def predict(
     Args:
         forward: from `make_forward`; with `member_inputs=True`, every member gets the same inputs.
         params: the parameters of the ensemble.
-        inputs: tensors `[N, ...]`, for all members.
+        inputs: tensors `[N, ...]`, or dicts of them, for all members; or one DataLoader or other iterable of batches.
+            A batch that is a tuple or a list gives its first entry, such as x of (x, y); a dict is the keyword
+            arguments of the model.
         buffers: the buffers of the ensemble, `{name: [E, ...]}`; they are only read.
-        batch_size: the number of rows that go through the model at once.
-        prepare: `prepare(*batch)` returns the model's input, or a tuple of its inputs.
-        kwargs: keyword arguments of the model. A tensor with N rows, also in a dict or a tuple, is cut along with them
-            (with `member_inputs=True` also one `[E, N, ...]`); all else is given with every batch.
+        batch_size: the number of rows of tensors that go through the model at once; a DataLoader has its own.
+        prepare: `prepare(*batch)`, of all that is in the batch, returns the model's input, or a tuple of its inputs.
+        kwargs: keyword arguments of the model. A tensor with N rows, also in a dict or a tuple, is cut along with
+            tensors (with `member_inputs=True` also one `[E, N, ...]`); all else is given with every batch.
 
     Returns: the output, any pytree or dataclass of tensors `[E, N, ...]`. The model itself stays in its mode.
 
-    Raises: TypeError or ValueError where `inputs` are not tensors of one length N > 0, where a tensor in the output is
-        not `[E, B, ...]`, and as `forward` does.
+    Raises: TypeError or ValueError where `inputs` are neither batches nor tensors of one length N > 0, where a tensor
+        in the output is not `[E, B, ...]`, and as `forward` does.
     """
     size = check_positive_int(batch_size, "batch_size")
     if not isinstance(forward, Forward):
-        raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {forward!r}")
-    wrong = [x for x in inputs if not isinstance(x, Tensor)]
-    if wrong or not inputs:
-        raise TypeError(f"inputs: expected tensors [N, ...], got {shown(wrong[0]) if wrong else 'none'}")
-    shapes = [list(x.shape) for x in inputs]
-    if len({tuple(shape[:1]) for shape in shapes}) != 1 or not shapes[0] or not shapes[0][0]:
-        raise ValueError(f"inputs: expected tensors of one length [N, ...], N > 0, got the shapes {shapes}")
+        raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {shown(forward)}")
     forward.refresh()
     modes = forward.modes(training=False)
     E = forward.check(params, buffers, modes)
+    forward.check_kinds(params, buffers)
+    are_batches = len(inputs) == 1 and isinstance(inputs[0], Iterable) and not isinstance(inputs[0], _NOT_BATCHES)
+    if prepare is not None:
+        check_callable(prepare, "prepare", "a function of the batch", None if are_batches else ["input"] * len(inputs))
+    work = (
+        _of_batches(inputs[0], prepare, kwargs, forward, E)
+        if are_batches
+        else _of_rows(inputs, prepare, kwargs, size, forward, E)
+    )
     parts: list[list[Tensor]] = []
     forms: list[Form] = []
     with torch.no_grad():
-        N = shapes[0][0]
-        for batch, named in zip(
-            cut_rows(inputs, N, size), _cut(kwargs, N, size, E, forward.member_inputs), strict=True
-        ):
-            given = batch if prepare is None else prepare(*batch)
-            given = given if isinstance(given, tuple) else (given,)
+        for rows, given, named in work:
             if forward.member_inputs:
-                given = pytree.tree_map_only(Tensor, lambda x: repeat(x, "... -> e ...", e=E), given)
+                given = _repeated(given, E)
             output = forward.called(params, given, named, buffers, modes)
             tensors, form = take_apart(output if buffers is None else output[0])
-            rows = len(batch[0])
             strange = [list(tensor.shape) for tensor in tensors if tensor.shape[:2] != (E, rows)]
             if strange or (forms and form != forms[0]):
                 raise ValueError(
@@ -81,7 +80,74 @@ def predict(
                 )
             parts.append(tensors)
             forms.append(form)
+    if not forms:
+        raise ValueError("inputs: expected at least one batch, got none")
     return forms[0].rebuild(iter(torch.cat(each, 1) for each in zip(*parts, strict=True)))
+
+
+_NOT_BATCHES = (Tensor, Mapping, str, bytes, EnsembleParams, nn.Module)
+
+Piece = tuple[int, tuple[Any, ...], dict[str, Any]]
+"""What one call of the forward computes: the number of rows, the inputs and the keyword arguments."""
+
+
+def _of_rows(
+    inputs: tuple[Any, ...],
+    prepare: Callable[..., Any] | None,
+    kwargs: dict[str, Any],
+    size: int,
+    forward: Forward,
+    E: int,
+) -> Iterator[Piece]:
+    """The pieces of tensors `[N, ...]`; they are checked at once."""
+    for x in inputs:
+        tensors = list(x.values()) if isinstance(x, Mapping) else [x]
+        for tensor in tensors or [x]:
+            check_tensor(tensor, "inputs", "tensors [N, ...], dicts of them, or one iterable of batches")
+    shapes = [list(x.shape) for x in take_apart(inputs)[0]]
+    if not shapes:
+        raise TypeError("inputs: expected tensors [N, ...], dicts of them, or one iterable of batches, got none")
+    if len({tuple(shape[:1]) for shape in shapes}) != 1 or not shapes[0] or not shapes[0][0]:
+        raise ValueError(f"inputs: expected tensors of one length [N, ...], N > 0, got the shapes {shapes}")
+    N = shapes[0][0]
+
+    def pieces() -> Iterator[Piece]:
+        named = _cut(kwargs, N, size, E, forward.member_inputs)
+        for i, (batch, own) in enumerate(zip(cut_rows(inputs, N, size), named, strict=True)):
+            yield min(size, N - i * size), _as_tuple(batch if prepare is None else prepare(*batch)), own
+
+    return pieces()
+
+
+def _of_batches(
+    batches: Iterable[Any],
+    prepare: Callable[..., Any] | None,
+    kwargs: dict[str, Any],
+    forward: Forward,
+    E: int,
+) -> Iterator[Piece]:
+    """The pieces of a loader's batches."""
+    for batch in batches:
+        tensors = [x for x in take_apart(batch)[0] if x.ndim]
+        if not tensors:
+            raise TypeError(f"inputs: expected batches of tensors [B, ...], got {shown(batch)}{advice(batch, 'it')}")
+        rows, named = len(tensors[0]), kwargs
+        if prepare is not None:
+            given = _as_tuple(prepare(*batch) if isinstance(batch, tuple | list) else prepare(batch))
+        elif isinstance(batch, Mapping):
+            given, named = (), {**kwargs, **(_repeated(dict(batch), E) if forward.member_inputs else batch)}
+        else:
+            given = (batch[0],) if isinstance(batch, tuple | list) else (batch,)
+        yield rows, given, named
+
+
+def _repeated(tree: Any, E: int) -> Any:
+    """`tree` with every tensor `[E, ...]`, the same for each member."""
+    return pytree.tree_map_only(Tensor, lambda x: repeat(x, "... -> e ...", e=E), tree)
+
+
+def _as_tuple(given: Any) -> tuple[Any, ...]:
+    return given if isinstance(given, tuple) else (given,)
 
 
 def _cut(kwargs: dict[str, Any], N: int, size: int, E: int, member_inputs: bool) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy, Layout, check_layer_types, layout_of, rank1_layout, rank1_names
+from functorch_ens.checks import check_callable
 from functorch_ens.layers.weight import Rank1
 
 
@@ -98,10 +99,10 @@ def rank1_rule(
             argument.
     """
     check_layer_types(layer_types)
-    if not callable(when):
-        raise TypeError(f"when: expected a predicate on the layer, got {when!r}")
+    check_callable(when, "when", "a predicate on the layer", ["layer"])
 
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
+        check_callable(rule, "rule", "a function (layer, x, *, weight)")
         arguments = inspect.signature(rule).parameters.values()
         weights = frozenset(a.name for a in arguments if a.kind is a.KEYWORD_ONLY and a.default is a.empty)
         if not weights:

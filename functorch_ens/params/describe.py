@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from functorch_ens.anatomy import Anatomy, Site, rank1_names
 from functorch_ens.layers.registry import rule_for
-from functorch_ens.params.pytree import EnsembleParams, check_params
+from functorch_ens.params.pytree import EnsembleParams, check_kinds, check_params
 from functorch_ens.tables import aligned
 
 
@@ -110,6 +110,7 @@ def describe(model: nn.Module, params: EnsembleParams) -> Description:
     """
     anatomy = Anatomy(model)
     E = check_params(params, anatomy)
+    check_kinds(params, None, anatomy)
     tensors = {**params.shared, **params.stacked}
 
     def is_fast(layer: nn.Module) -> bool:

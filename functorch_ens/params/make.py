@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from functorch_ens._torch import normal
 from functorch_ens.anatomy import Anatomy, is_numeric, rank1_names
-from functorch_ens.checks import check_bool, check_generator, check_number, check_option, check_positive_int
+from functorch_ens.checks import (
+    check_bool,
+    check_callable,
+    check_generator,
+    check_number,
+    check_option,
+    check_positive_int,
+)
 from functorch_ens.params.fresh import fresh_members
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.params.select import Selector, choose_parameters, choose_rank1
@@ -58,6 +65,8 @@ def ensemble_params(
     check_generator(generator)
     if isinstance(reset, nn.Module) or not callable(reset):
         check_bool(reset, "reset", or_else="or a function that makes a new module")
+    else:
+        check_callable(reset, "reset", "a function that makes a new module", [], classes=True)
     own = anatomy.parameters
     if stacked is None:  # a quantised weight cannot be stacked, nor would its members ever differ
         owned = [name for name, parameter in own.items() if not parameter.is_quantized]

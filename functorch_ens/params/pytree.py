@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_ens.anatomy import Anatomy
-from functorch_ens.checks import check_keys
+from functorch_ens.anatomy import Anatomy, is_numeric
+from functorch_ens.checks import advice, check_keys, shown
 
 
 class EnsembleParams(NamedTuple):
@@ -54,6 +54,19 @@ def check_is_params(params: Any) -> None:
             f"params: expected EnsembleParams, got {type(params).__name__}; ensemble_params, batchensemble_params and "
             "stack_params make them"
         )
+
+
+def check_leaves(params: Any) -> None:
+    """TypeError or ValueError where `params` are no `EnsembleParams` of strided tensors, stacked ones `[E, ...]`."""
+    check_is_params(params)
+    for part in params:
+        if not isinstance(part, Mapping):
+            raise TypeError(f"params: expected EnsembleParams of two dicts, got {type(part).__name__}")
+        _check_tensors("params", part)
+        _check_strided("params", part)
+    flat = [name for name, tensor in params.stacked.items() if not tensor.ndim]
+    if flat:
+        raise ValueError(f"params: expected a leading member axis [E, ...], got tensors of the shape [] in {flat}")
 
 
 def check_params(params: Any, anatomy: Anatomy) -> int:
@@ -98,7 +111,42 @@ def _check_tensors(argument: str, values: Mapping[str, Any]) -> None:
     """TypeError, naming them, where values are no tensors."""
     wrong = {name: type(value).__name__ for name, value in values.items() if not isinstance(value, Tensor)}
     if wrong:
-        raise TypeError(f"{argument}: expected tensors, got {wrong}")
+        raise TypeError(f"{argument}: expected tensors, got {wrong}{advice(values[next(iter(wrong))], 'it')}")
+
+
+def check_kinds(params: EnsembleParams, buffers: Mapping[str, Tensor] | None, anatomy: Anatomy) -> None:
+    """TypeError or ValueError, naming them, where tensors are of a kind that those of the model cannot be.
+
+    It is apart from `check_params` because compiled code goes without it: each look is a guard there.
+    """
+    _check_kinds("params", {**params.shared, **params.stacked}, anatomy)
+    if buffers is not None:
+        _check_kinds("buffers", buffers, anatomy)
+
+
+def _check_kinds(argument: str, values: Mapping[str, Tensor], anatomy: Anatomy) -> None:
+    """TypeError or ValueError, naming them, where tensors are of a kind that those of the model cannot be.
+
+    That is sparse, of whole numbers where the model's are not, or on the meta device where others are not.
+    """
+    _check_strided(argument, values)
+    dtypes = {tensor.dtype for tensor in values.values()}
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        whole = [name for name, x in values.items() if not is_numeric(x) and name not in anatomy.whole_numbers]
+        if whole:
+            raise TypeError(f"{argument}: expected floating tensors, got one of {values[whole[0]].dtype} in {whole}")
+    devices = {tensor.device for tensor in values.values()}
+    if len(devices) > 1:
+        on_meta = [name for name, tensor in values.items() if tensor.device.type == "meta"]
+        if on_meta:
+            raise ValueError(f"{argument}: expected tensors with values, got ones on the meta device in {on_meta}")
+
+
+def _check_strided(argument: str, values: Mapping[str, Tensor]) -> None:
+    """ValueError, naming them, where tensors are sparse or nested."""
+    odd = [name for name, tensor in values.items() if tensor.layout is not torch.strided or tensor.is_nested]
+    if odd:
+        raise ValueError(f"{argument}: expected strided tensors, got {shown(values[odd[0]])} in {odd}; give to_dense()")
 
 
 def _check_shapes(

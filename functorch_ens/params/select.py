@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 from functorch_ens.anatomy import Anatomy, Site, can_be_rank1, has_layout
+from functorch_ens.checks import check_callable, shown
 from functorch_ens.layers.norm import NORMS
 from functorch_ens.layers.registry import rule_of
 
@@ -24,6 +25,7 @@ def select(selector: Selector, objects: Mapping[str, Any], argument: str) -> set
         ValueError: a pattern matches no name, so it would be silently without effect.
     """
     if _is_predicate(selector):
+        check_callable(selector, argument, "a predicate on (name, object)", ["name", "object"])
         return {name for name, value in objects.items() if selector(name, value)}
     chosen: set[str] = set()
     for pattern in _as_patterns(selector, argument):
@@ -60,6 +62,7 @@ def choose_rank1(layers: Selector | None, anatomy: Anatomy) -> set[str]:
     if layers is None:
         return set().union(*owned.values())
     if _is_predicate(layers):
+        check_callable(layers, "layers", "a predicate on (name, module)", ["name", "module"])
         return set().union(*(owned.get(module, ()) for name, module in anatomy.modules.items() if layers(name, module)))
 
     modules = dict(anatomy.model.named_modules(remove_duplicate=False))
@@ -104,18 +107,17 @@ def _is_rank1_by_default(site: Site) -> bool:
 
 
 def _is_predicate(selector: Any) -> TypeGuard[Callable[[str, Any], bool]]:
-    """Whether `selector` is a function. A class is one too, but a mistake here."""
-    return callable(selector) and not isinstance(selector, type)
+    """Whether `selector` is a function. A class or a module is one too, but a mistake here."""
+    return callable(selector) and not isinstance(selector, type | nn.Module)
 
 
 def _as_patterns(selector: Any, argument: str) -> list[str]:
     """The patterns of a selector that is not a predicate; TypeError, naming `argument`, where it is none."""
     if isinstance(selector, str):
         return [selector]
-    wanted = (
-        f"{argument}: expected a name pattern, a list of patterns or a predicate on (name, object), got {selector!r}"
-    )
-    if not isinstance(selector, Iterable):
+    kinds = "a name pattern, a list of patterns or a predicate on (name, object)"
+    wanted = f"{argument}: expected {kinds}, got {shown(selector)}"
+    if not isinstance(selector, Iterable) or isinstance(selector, Tensor):
         raise TypeError(wanted)
     patterns = list(selector)
     if not all(isinstance(pattern, str) for pattern in patterns):

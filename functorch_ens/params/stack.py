@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from functorch_ens._torch import normal
 from functorch_ens.anatomy import Anatomy, is_numeric, rank1_names
 from functorch_ens.layers.weight import Rank1
-from functorch_ens.params.pytree import EnsembleParams, check_params
+from functorch_ens.params.pytree import EnsembleParams, check_kinds, check_params
 from functorch_ens.trees import members as members_of
 
 Member = nn.Module | Mapping[str, Tensor]
@@ -75,6 +75,7 @@ def member_params(model: nn.Module, params: EnsembleParams, i: int) -> dict[str,
     """
     anatomy = Anatomy(model)
     E = check_params(params, anatomy)
+    check_kinds(params, None, anatomy)
     if isinstance(i, bool) or not isinstance(i, Integral):
         raise TypeError(f"i: expected an int, got {i!r}")
     if not 0 <= i < E:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from functorch_ens.checks import check_bool, check_generator, check_option, check_positive_int
+from functorch_ens.checks import (
+    check_bool,
+    check_device,
+    check_generator,
+    check_has_values,
+    check_option,
+    check_positive_int,
+    check_tensor,
+)
 
 
 def bootstrap(
@@ -44,6 +53,7 @@ def bootstrap(
     if size > N:
         raise ValueError(f"size: a bootstrap sample is no larger than the data of {N} rows, got {size}")
     check_generator(generator)
+    check_device(device)
     source = generator.device if generator is not None else None
     return torch.randint(N, (E, size), generator=generator, device=source).to(device or "cpu")
 
@@ -90,6 +100,7 @@ def index_batches(
     check_option(sees, ("same", "own", "split"), "sees")
     check_bool(drop_last, "drop_last")
     check_generator(generator)
+    check_device(device)
     size = check_positive_int(batch_size, "batch_size")
     E = None if E is None else check_positive_int(E, "E")
     table, sees, E = _table(rows, sees, E)
@@ -119,8 +130,10 @@ def index_batches(
 
 def _table(rows: Any, sees: str, E: int | None) -> tuple[Tensor, str, int | None]:
     """The row numbers `[N]` or `[E, N]`, and with them the final `sees` and `E`."""
-    if not isinstance(rows, Tensor):
+    if isinstance(rows, Integral) and not isinstance(rows, bool):
         rows = torch.arange(check_positive_int(rows, "rows"))
+    check_tensor(rows, "rows", "a positive int or a tensor of row numbers")
+    check_has_values(rows, "rows")
     if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
         raise TypeError(f"rows: expected whole numbers, got {rows.dtype}")
     rows = rows.long()  # torch would take uint8 for a mask

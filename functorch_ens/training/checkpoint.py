@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from functorch_ens.checks import first_line
+from functorch_ens.checks import check_device, check_mapping, check_path, first_line
 from functorch_ens.files import write_whole
 from functorch_ens.params.pytree import allow_to_load
 
@@ -45,8 +45,8 @@ def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike[str]) -> N
         TypeError: `state` is not a dict, or has a value of another type. NumPy's scalars are such: give `float(x)`.
         OSError: the file cannot be written; it names the path, and what the operating system says.
     """
-    if not isinstance(state, Mapping):
-        raise TypeError(f"state: expected a dict, got {type(state).__name__}")
+    check_mapping(state, "state", "a dict")
+    check_path(path, "path")
     with write_whole(path) as part:
         _write(dict(state), part)
         try:
@@ -73,8 +73,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, device: torch.device | str 
         ValueError: the file is damaged or incomplete, is no checkpoint, or has values other than tensors, numbers and
             text.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: expected a path, got {path!r}")
+    check_path(path, "path")
+    check_device(device)
     with Path(path).open("rb"):
         pass  # an OSError from here on is of what is in the file
     try:

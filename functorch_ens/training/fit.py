@@ -10,17 +10,28 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from functorch_ens.checks import check_generator, check_option, check_positive_int, shown
+from functorch_ens.checks import (
+    check_bool,
+    check_callable,
+    check_generator,
+    check_option,
+    check_path,
+    check_positive_int,
+    check_tensor,
+    check_text,
+    shown,
+)
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.rng import RandomState
 from functorch_ens.training.checkpoint import load_checkpoint, save_checkpoint
 from functorch_ens.training.resume import check_state, form_of, put_back_on_error, settings_of, with_own_kernels
 from functorch_ens.training.step import TrainStep, advance
-from functorch_ens.training.stopping import Patience
+from functorch_ens.training.stopping import Patience, better
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +77,7 @@ def fit(
     schedule_by: str = "epoch",
     evaluate: Evaluate | None = None,
     monitor: str | None = None,
+    monitor_mode: str | None = None,
     patience: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
@@ -89,7 +101,8 @@ def fit(
         generator: what `batches` is called with. None: a new one, seeded by torch's.
         scheduler: of torch.optim.lr_scheduler; it steps after each `"epoch"` or `"step"` (`schedule_by`).
         evaluate: `evaluate(params, buffers)` after each epoch returns numbers or tensors by name.
-        monitor: the name of one of these, a number or `[E]`; less is better.
+        monitor: the name of one of these, a number or `[E]`.
+        monitor_mode: `"min"`: less is better; `"max"`. None: by the name, max for accuracy, auroc, f1 and their like.
         patience: stop a member after so many epochs without a better `monitor`; it gets its best parameters back.
         checkpoint: a file, written after each epoch. If it exists, the run resumes from it.
         progress: show a bar. None: at a terminal.
@@ -100,29 +113,27 @@ def fit(
         FloatingPointError: a loss is not finite, and no member can go on. (Else the member is stopped, with a warning.)
     """
     if not isinstance(step, TrainStep):
-        raise TypeError(f"step: expected a train step (from make_train_step), got {step!r}")
-    if not (callable(batches) or isinstance(batches, Iterable)):
-        raise TypeError(f"batches: expected an iterable, or a function of a generator, got {batches!r}")
+        raise TypeError(f"step: expected a train step (from make_train_step), got {shown(step)}")
+    _check_batches(batches)
     check_positive_int(epochs, "epochs")
     check_generator(generator)
     check_option(schedule_by, ("epoch", "step"), "schedule_by")
+    if evaluate is not None:
+        check_callable(evaluate, "evaluate", "a function that returns results by name", ["params", "buffers"])
     if patience is not None:
         check_positive_int(patience, "patience")
-    if scheduler is not None:
-        if not callable(getattr(scheduler, "step", None)):
-            raise TypeError(f"scheduler: expected one of torch.optim.lr_scheduler, got {scheduler!r}")
-        if getattr(scheduler, "optimizer", step.optimizer) is not step.optimizer:
-            raise ValueError(
-                f"scheduler: expected one over the optimizer of step, got {type(scheduler).__name__} of another"
-            )
-        if isinstance(scheduler, ReduceLROnPlateau) and schedule_by == "step":
-            raise ValueError('schedule_by: ReduceLROnPlateau looks at what is evaluated by "epoch", got "step"')
+    if checkpoint is not None:
+        check_path(checkpoint, "checkpoint")
+    if progress is not None:
+        check_bool(progress, "progress", or_else="or None")
+    mode = _mode(monitor, monitor_mode, evaluate)
+    _check_scheduler(scheduler, step, schedule_by, monitor, mode)
     if monitor is None and (patience is not None or isinstance(scheduler, ReduceLROnPlateau)):
-        raise ValueError("monitor: expected the name of what is to become less, for patience or ReduceLROnPlateau")
-    if monitor is not None and evaluate is None:
-        raise ValueError(f"monitor: expected evaluate too, which returns {monitor!r}")
+        raise ValueError("monitor: expected the name of what is to become better, for patience or ReduceLROnPlateau")
+    step.forward.check(params, buffers, step.forward.modes())
+    step.forward.check_kinds(params, buffers)
     before = set(step.stopped)
-    run = _Run(step, params, buffers, generator, scheduler, patience)
+    run = _Run(step, params, buffers, generator, scheduler, patience, mode)
     file = None if checkpoint is None else Path(checkpoint)
     try:
         if file is not None and file.exists():
@@ -142,6 +153,51 @@ def fit(
         step.stopped = before
 
 
+def _check_batches(batches: Any) -> None:
+    """TypeError where `batches` are neither a collection nor a function of a generator."""
+    expected = "an iterable, or a function of a generator"
+    if isinstance(batches, Tensor):
+        check_tensor(batches, "batches", expected)
+    if isinstance(batches, str | bytes | nn.Module) or (isinstance(batches, Tensor) and batches.ndim == 0):
+        raise TypeError(f"batches: expected {expected}, got {shown(batches)}")
+    if callable(batches) or not isinstance(batches, Iterable):
+        check_callable(batches, "batches", expected, ["generator"])
+
+
+def _mode(monitor: Any, monitor_mode: Any, evaluate: Any) -> str:
+    """The direction in which what is monitored becomes better."""
+    check_option(monitor_mode, (None, "min", "max"), "monitor_mode")
+    if monitor is None:
+        if monitor_mode is not None:
+            raise ValueError(f"monitor_mode: expected monitor too, got {monitor_mode!r} alone")
+        return "min"
+    check_text(monitor, "monitor", "the name of something that evaluate returns")
+    if evaluate is None:
+        raise ValueError(f"monitor: expected evaluate too, which returns {monitor!r}")
+    return monitor_mode or better(monitor)
+
+
+def _check_scheduler(scheduler: Any, step: TrainStep, schedule_by: str, monitor: str | None, mode: str) -> None:
+    """TypeError or ValueError where `scheduler` is none of torch's, or does not fit the other arguments."""
+    if scheduler is None:
+        return
+    methods = [getattr(scheduler, name, None) for name in ("step", "state_dict", "load_state_dict")]
+    if isinstance(scheduler, type | Optimizer) or not all(map(callable, methods)):
+        raise TypeError(f"scheduler: expected one of torch.optim.lr_scheduler, got {shown(scheduler)}")
+    if getattr(scheduler, "optimizer", step.optimizer) is not step.optimizer:
+        raise ValueError(
+            f"scheduler: expected one over the optimizer of step, got {type(scheduler).__name__} of another"
+        )
+    if isinstance(scheduler, ReduceLROnPlateau):
+        if schedule_by == "step":
+            raise ValueError('schedule_by: ReduceLROnPlateau looks at what is evaluated by "epoch", got "step"')
+        if monitor is not None and scheduler.mode != mode:
+            raise ValueError(
+                f"scheduler: ReduceLROnPlateau has mode={scheduler.mode!r}, but {monitor!r} is monitored by {mode!r}; "
+                "give monitor_mode= the direction of the scheduler"
+            )
+
+
 class _Run:
     """The state of a run between two epochs: everything that a checkpoint holds."""
 
@@ -153,6 +209,7 @@ class _Run:
         generator: torch.Generator | None,
         scheduler: Scheduler | None,
         patience: int | None,
+        mode: str,
     ) -> None:
         self._step = step
         self._params = params
@@ -163,7 +220,7 @@ class _Run:
         """Those of the model at the start, in which all steps are made."""
         self._began = settings_of(step.optimizer, scheduler)
         self._together = bool(step._trained(params).params.shared)
-        self._patience = None if patience is None else Patience(patience, params.E, self._together)
+        self._patience = None if patience is None else Patience(patience, params.E, self._together, mode)
         self._failed: set[int] = set()
         self.epoch = 0
         self.history: list[dict[str, Tensor]] = []
@@ -172,12 +229,19 @@ class _Run:
     def one_epoch(self, batches: Batches, scheduler: Scheduler | None, bar: Any, epochs: int) -> None:
         """Go through the batches once."""
         given: Any = batches(self._generator) if callable(batches) else batches
-        if bar.total is None and hasattr(given, "__len__"):
-            bar.total, bar.n = epochs * len(given), self.epoch * len(given)
+        if not isinstance(given, Iterable):
+            raise TypeError(f"batches: expected a function that returns an iterable, it returned {shown(given)}")
+        if bar.total is None and (length := _length(given)) is not None:
+            bar.total, bar.n = epochs * length, self.epoch * length
         total: Tensor | None = None
         count = 0
         for batch in given:
             batch = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+            if len(batch) < 2 and not self._step.prepares:
+                raise TypeError(
+                    f"batches: expected batches of the inputs and the target, (x, y), got {shown(batch)}; prepare= of "
+                    "make_train_step makes them of anything else"
+                )
             look = partial(self._stop_failed, count)
             losses, new = advance(self._step, self._params, batch, self._buffers, {}, modes=self.modes, look=look)
             self._buffers = None if self._buffers is None else new
@@ -239,7 +303,7 @@ class _Run:
                 self._step.forward.put_back(self.modes)
             if not isinstance(found, Mapping) or "loss" in found:
                 raise ValueError(f'evaluate: expected a dict of results, "loss" not among them, got {shown(found)}')
-            results = {name: torch.as_tensor(value).detach().cpu() for name, value in found.items()}
+            results = {name: _as_result(name, value) for name, value in found.items()}
         self.history[-1].update(results)
         now, first = ({name: list(value.shape) for name, value in self.history[i].items()} for i in (-1, 0))
         if now != first:
@@ -249,9 +313,18 @@ class _Run:
         E, value = self._params.E, results.get(monitor)
         if value is None or value.shape not in ((), (E,)):
             raise ValueError(f"monitor: expected {monitor!r}, a number or [{E}], in what evaluate returns, got {now}")
+        self._warn_of_nan(monitor, value.expand(E))
         if self._patience is not None:
             late = self._patience.look(value.expand(E), self._params, self._buffers)
             self._stop(late, f"no better {monitor} after epoch {self.epoch - self._patience.epochs}")
+
+    def _warn_of_nan(self, monitor: str, values: Tensor) -> None:
+        """Name the members, among those still trained, for which what is monitored is nan."""
+        trained = [i for i in range(self._params.E) if i not in self.stopped]
+        found = [i for i in trained if bool(values[i].isnan())]
+        if found:
+            who = "all members" if found == trained else f"members {found}"
+            log.warning("%s: %s is nan after epoch %d, which counts as no better", who, monitor, self.epoch)
 
     def schedule(self, monitor: str | None) -> None:
         """Step the scheduler after an epoch."""
@@ -259,7 +332,7 @@ class _Run:
             value = self.history[-1][str(monitor)].double().expand(self._params.E)
             trained = [i for i in range(self._params.E) if i not in self.stopped]
             if trained:
-                self._scheduler.step(value[trained].mean())
+                self._scheduler.step(value[trained].nanmean())  # the others say nothing of those that are nan
         elif self._scheduler is not None:
             self._scheduler.step()
 
@@ -326,6 +399,22 @@ class _Run:
         self._failed = set(state["failed"])
         for member, why in state["stopped"].items():
             self._stop([member], why)
+
+
+def _as_result(name: str, value: Any) -> Tensor:
+    """What `evaluate` returned under `name`, as a tensor on the CPU."""
+    try:
+        return torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"evaluate: expected numbers or tensors, got {shown(value)} for {name!r}") from error
+
+
+def _length(batches: Any) -> int | None:
+    """The number of batches; None where nobody knows: a DataLoader over an IterableDataset has a len() that raises."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None
 
 
 def _shown(losses: Tensor) -> str:

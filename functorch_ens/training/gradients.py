@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from functorch_ens.checks import shown
+from functorch_ens.checks import check_keys, check_mapping, shown
 from functorch_ens.forward.call import check_member_axis
 from functorch_ens.forward.forward import Forward
 from functorch_ens.forward.template import Modes
@@ -40,6 +40,38 @@ class Gradients(NamedTuple):
     """The loss of each member, `[E]`."""
     buffers: dict[str, Tensor]
     """The new buffers, `{name: [E, ...]}`."""
+
+
+def check_found(found: Any, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> None:
+    """TypeError or ValueError where `found` are not `Gradients` of these parameters and buffers."""
+    if not isinstance(found, Gradients):
+        raise TypeError(f"found: expected Gradients (from step.gradients), got {shown(found)}")
+    check_mapping(found.gradients, "found: gradients", "a dict of tensors")
+    for name, gradient in found.gradients.items():
+        tensor = params.stacked.get(name, params.shared.get(name))
+        if tensor is None:
+            raise ValueError(f"found: expected gradients of what is trained, got one of {name}")
+        if not isinstance(gradient, Tensor) or gradient.layout is not torch.strided:
+            raise TypeError(f"found: expected a strided tensor for {name}, got {shown(gradient)}")
+        if gradient.shape != tensor.shape or gradient.dtype != tensor.dtype or gradient.device != tensor.device:
+            raise ValueError(
+                f"found: expected {list(tensor.shape)}, {tensor.dtype}, on {tensor.device} for {name}, got "
+                f"{list(gradient.shape)}, {gradient.dtype}, on {gradient.device}"
+            )
+    if buffers is None:
+        return
+    if not isinstance(buffers, Mapping):
+        raise TypeError(f"buffers: expected a dict (from ensemble_buffers), got {shown(buffers)}")
+    check_keys(buffers, found.buffers, "buffers: those of found")
+    for name, buffer in found.buffers.items():
+        old = buffers[name]
+        if not isinstance(old, Tensor) or old.layout is not torch.strided:
+            raise TypeError(f"buffers: expected a strided tensor for {name}, got {shown(old)}")
+        if old.shape != buffer.shape or old.dtype != buffer.dtype or old.device != buffer.device:
+            raise ValueError(
+                f"buffers: expected {list(buffer.shape)}, {buffer.dtype}, on {buffer.device} for {name}, got "
+                f"{list(old.shape)}, {old.dtype}, on {old.device}"
+            )
 
 
 class Work(NamedTuple):
@@ -169,6 +201,11 @@ class Objective:
             outputs, new = (outputs, {}) if buffers is None else outputs
             losses = self.losses(outputs, target, member_targets=self.member_targets, values=values)
         return losses.sum() if self._reduction == "sum" else losses.sum() / E, losses, new
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` makes the inputs and the target of a batch."""
+        return self._prepare is not None
 
     def prepared(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """`prepare(*batch)`, or the batch itself: the inputs of the model, and then the target."""

@@ -13,13 +13,26 @@ from torch import Tensor
 from torch.func import vmap
 
 from functorch_ens._torch import has_symbolic_sizes, is_compiling
-from functorch_ens.checks import check_of_members, first_line
+from functorch_ens.checks import (
+    advice,
+    check_bool,
+    check_callable,
+    check_number,
+    check_of_members,
+    check_tensor,
+    first_line,
+    kind_of,
+    shown,
+)
 from functorch_ens.forward.failures import is_of_vmap, is_transient
 from functorch_ens.forward.watch import Notes, watched_vmap
 from functorch_ens.rng import RandomState
 from functorch_ens.trees import take_apart
 
 log = logging.getLogger(__name__)
+
+
+EXPECTED = "a function of one member's output and y"
 
 
 class Loss(Protocol):
@@ -58,7 +71,23 @@ def member_losses(
             empty, one of `values` is not `[E, ...]`, `loss` returns more than one number, a label is out of range, or a
             target is `[E, B, ...]` without `member_targets`.
     """
+    if not is_compiling():
+        check_callable(loss, "loss", EXPECTED, ["output", *("y" for _ in targets)] if values is None else None)
+        check_bool(member_targets, "member_targets")
+        _check_trees(outputs, *targets)
     return MemberLosses(loss, logging.DEBUG)(outputs, *targets, member_targets=member_targets, values=values)
+
+
+def _check_trees(outputs: Any, *targets: Any) -> None:
+    """TypeError or ValueError where one of these is not a pytree of strided tensors, or has none."""
+    for argument, tree in (("outputs", outputs), *(("targets", target) for target in targets)):
+        tensors, _ = take_apart(tree)
+        if not tensors:
+            raise TypeError(
+                f"{argument}: expected a tensor, or a pytree of them, got {shown(tree)}{advice(tree, argument)}"
+            )
+        for tensor in tensors:
+            check_tensor(tensor, argument)
 
 
 class MemberLosses:
@@ -168,14 +197,19 @@ def _by_loop(of_one: Callable[..., Tensor], tensors: list[Tensor]) -> Tensor:
 
 def _count(outputs: list[Tensor], targets: list[Tensor]) -> int:
     """The number of members, from the leading axis of these tensors; ValueError where they have none in common."""
-    axis = outputs + targets
-    first = axis[0].shape[0] if axis and axis[0].ndim else None
-    if first is None or any(tensor.ndim == 0 or tensor.shape[0] != first for tensor in axis):
+    first = outputs[0].shape[0] if outputs and outputs[0].ndim else None
+    if first is None or any(tensor.ndim == 0 or tensor.shape[0] != first for tensor in outputs):
+        shapes = [list(tensor.shape) for tensor in outputs]
+        raise ValueError(f"outputs: expected tensors with one leading member axis [E, ...], got the shapes {shapes}")
+    if any(tensor.ndim == 0 or tensor.shape[0] != first for tensor in targets):
+        shapes = [list(tensor.shape) for tensor in targets]
         raise ValueError(
-            "outputs: expected tensors with one leading member axis [E, ...], got the shapes "
-            f"{[list(tensor.shape) for tensor in axis]}"
+            f"targets, member_targets: expected tensors with the leading member axis of the outputs, [{first}, ...], "
+            f"got the shapes {shapes}"
         )
-    if first and not any(tensor.numel() for tensor in outputs):
+    if first == 0:
+        raise ValueError(f"outputs: expected at least one member, got the shapes {[list(x.shape) for x in outputs]}")
+    if not any(tensor.numel() for tensor in outputs):
         shapes = [list(tensor.shape) for tensor in outputs]
         raise ValueError(f"outputs: an empty batch has no loss, got the shapes {shapes}")
     return first
@@ -199,8 +233,8 @@ def check_values(values: Mapping[str, Tensor] | None, E: int | None = None) -> d
     """`values` as a dict; TypeError or ValueError where they are not `{name: [E, ...]}`, for any E if that is None."""
     if values is None:
         return {}
-    if not isinstance(values, Mapping):
-        raise TypeError(f"values: expected a dict of tensors [E, ...], got {values!r}")
+    if not isinstance(values, Mapping):  # not check_mapping: in compiled code each function is another guard
+        raise TypeError(f"values: expected a dict of tensors [E, ...], got {kind_of(values)}")
     return {name: check_of_members(value, E, f"values[{name!r}]") for name, value in values.items()}
 
 
@@ -241,12 +275,14 @@ def cross_entropy(
     Raises: ValueError where `label_smoothing` or `temperature` is a number out of range. Tensors are not checked.
     Source: Szegedy et al. 2016, arXiv:1512.00567, as in `torch.nn.functional.cross_entropy`.
     """
-    if not isinstance(label_smoothing, Tensor) and not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: expected 0 <= it <= 1, got {label_smoothing!r}")
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
+    if not is_compiling():  # where each check may become a guard
+        _check_logits_and_labels(logits, y)
+        if _number(label_smoothing, "label_smoothing") > 1:
+            raise ValueError(f"label_smoothing: expected 0 <= it <= 1, got {label_smoothing!r}")
+        if not _number(temperature, "temperature", otherwise=1.0):
+            raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
     log_probs = _divided(logits, temperature).log_softmax(1)
-    loss = F.nll_loss(log_probs, y)
+    loss = F.nll_loss(log_probs, y.long())
     if not isinstance(label_smoothing, Tensor):
         if label_smoothing == 0:
             return loss
@@ -256,6 +292,35 @@ def cross_entropy(
     counted = y != -100
     even = torch.where(counted, spread.mean(1), 0).sum() / counted.sum()
     return (1 - label_smoothing) * loss - label_smoothing * even
+
+
+def _check_logits_and_labels(logits: Any, y: Any) -> None:
+    """TypeError or ValueError where `logits` are not `[B, C, ...]` of one network, or `y` not integers `[B, ...]`."""
+    check_tensor(logits, "logits", "a floating tensor")
+    check_tensor(y, "y", "a tensor of classes")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating tensor, got one of {logits.dtype}")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"y: expected classes of an integer dtype, got {y.dtype}")
+    if logits.ndim < 2 or y.shape != logits.shape[:1] + logits.shape[2:]:
+        raise ValueError(
+            "logits, y: expected logits [B, C, ...] of one network and y [B, ...], got the shapes "
+            f"{list(logits.shape)} and {list(y.shape)}"
+        )
+    if y.device != logits.device:
+        raise ValueError(f"y: expected the device of the logits, {logits.device}, got {y.device}")
+
+
+def _number(value: Any, argument: str, otherwise: float = 0.0) -> float:
+    """`value` where it is a number >= 0; `otherwise` where it is one in a tensor, which is not read."""
+    if not isinstance(value, Tensor):
+        return check_number(value, argument, minimum=0.0)
+    if value.ndim or value.is_complex() or value.dtype == torch.bool or value.layout is not torch.strided:
+        raise ValueError(
+            f"{argument}: expected a number or a 0-d tensor, got {shown(value)} of {value.dtype}; values= of "
+            "member_losses and make_train_step gives each member one of its own"
+        )
+    return otherwise
 
 
 def _divided(logits: Tensor, temperature: Tensor | float) -> Tensor:

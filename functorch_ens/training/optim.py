@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -13,8 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from functorch_ens.anatomy import rank1_names
-from functorch_ens.checks import check_number, check_of_members
-from functorch_ens.params.pytree import EnsembleParams, check_is_params
+from functorch_ens.checks import check_has_values, check_number, check_of_members, check_tensor, shown
+from functorch_ens.params.pytree import EnsembleParams, check_is_params, check_leaves
 
 # The devices for which torch has fused kernels of all optimisers that take `fused`.
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -50,20 +52,26 @@ def param_groups(
             tensors cannot have E values.
 
     Raises:
-        TypeError: `params` is no `EnsembleParams`.
-        ValueError: a tensor of another length than `[E]`; one where trained tensors are shared; a factor without `lr`.
+        TypeError: `params` is no `EnsembleParams`, or a hyperparameter is no number.
+        ValueError: a tensor of another length than `[E]`; one where trained tensors are shared; a factor without `lr`;
+            a number that is not finite, or below 0 where no optimiser takes that. `make_train_step` refuses names that
+            its optimiser does not have.
 
     Source: Wen, Tran & Ba 2020, arXiv:2002.06715, appendix B.
     """
-    check_is_params(params)
+    check_leaves(params)
     factor = check_number(rank1_lr_factor, "rank1_lr_factor", minimum=0.0)
     if factor != 1 and "lr" not in values:
         raise ValueError(f"rank1_lr_factor: expected lr too, which it multiplies, got {factor:g} alone")
-    if not isinstance(rank1_weight_decay, Tensor):
+    if isinstance(rank1_weight_decay, Tensor):
+        check_tensor(rank1_weight_decay, "rank1_weight_decay")
+        _check_hyperparameter(rank1_weight_decay, "rank1_weight_decay", 0.0)
+    else:
         check_number(rank1_weight_decay, "rank1_weight_decay", minimum=0.0)
     for key, value in values.items():
-        if hasattr(value, "__array__") or (isinstance(value, list) and key != "betas"):
-            values[key] = torch.as_tensor(value, dtype=torch.float64)
+        if key == "name":
+            raise ValueError(f"name: param_groups names its groups itself, got {value!r}")
+        values[key] = _hyperparameter(value, key)
     shared = [tensor for tensor in params.shared.values() if tensor.requires_grad]
     for key, value in values.items():
         if shared and _by_member(value):
@@ -82,6 +90,79 @@ def param_groups(
         if trained:
             groups += _groups(kind, trained, mine)
     return groups
+
+
+_AT_LEAST_0 = ("lr", "weight_decay", "eps", "momentum", "rho", "alpha", "lr_decay", "t0", "momentum_decay")
+"""Hyperparameters that no optimiser of torch.optim takes below 0."""
+
+
+def _hyperparameter(value: Any, key: str) -> Any:
+    """The hyperparameter `value`, as a tensor of float64 where it has one number for each member.
+
+    Raises TypeError or ValueError for what no optimiser can take: nan, infinite or complex numbers, objects, text for
+    a number; and for known names also bools and numbers below 0.
+    """
+    minimum = 0.0 if key in _AT_LEAST_0 else -math.inf
+    if isinstance(value, Tensor):
+        check_tensor(value, key)
+    if hasattr(value, "__array__") or (isinstance(value, list) and key != "betas"):
+        try:
+            found = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{key}: expected a number, or one for each member, got {shown(value)}") from error
+        _check_hyperparameter(found, key, minimum)
+        return torch.as_tensor(value, dtype=torch.float64)
+    if isinstance(value, tuple | list):
+        for item in value:
+            if item is not None:
+                _hyperparameter(item, key)
+    elif isinstance(value, complex) or (isinstance(value, Real) and not isinstance(value, bool)):
+        check_number(value, key, minimum=minimum)
+    elif key in _AT_LEAST_0 or not (value is None or isinstance(value, bool | str) or callable(value)):
+        raise TypeError(f"{key}: expected a number, or one for each member, got {shown(value)}")
+    return value
+
+
+def _check_hyperparameter(values: Tensor, key: str, minimum: float) -> Tensor:
+    """Return `values`; TypeError where they are not numbers, ValueError where one is not finite or below `minimum`."""
+    check_has_values(values, key)
+    if values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{key}: expected real numbers, got a tensor of {values.dtype}")
+    if values.numel() == 0:
+        raise ValueError(f"{key}: expected a number for each member, got the shape {list(values.shape)}")
+    for value in values.flatten().tolist():
+        check_number(value, key, minimum=minimum)
+    return values
+
+
+_OF_SCHEDULERS = ("initial_lr", "swa_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+"""What schedulers of torch.optim add to groups."""
+
+
+def check_groups(optimizer: Optimizer) -> None:
+    """ValueError where a parameter group has a key that the optimiser ignores, or a value that it would refuse.
+
+    torch.optim looks at the arguments of the constructor alone, so a misspelt key in a group trains by the default. An
+    optimiser that is not torch's own may read other keys; there only those much like one of its own are refused.
+    """
+    known, is_torchs = list(optimizer.defaults), type(optimizer).__module__.startswith("torch.optim.")
+    for i, group in enumerate(optimizer.param_groups):
+        for key in group.keys() - {"params", "name", "param_names", *_OF_SCHEDULERS, *known}:
+            if key == "weight_decay" and not isinstance(group[key], Tensor) and group[key] == 0:
+                continue  # param_groups says so of r and s to every optimiser
+            close = difflib.get_close_matches(key, known, cutoff=0.75)
+            if close or is_torchs:
+                meant = f"; is {' or '.join(map(repr, close))} meant?" if close else f"; it has {known}"
+                raise ValueError(
+                    f"optimizer: {type(optimizer).__name__} has no hyperparameter {key!r}, which group {i} "
+                    f"({group.get('name', 'without a name')}) has{meant}"
+                )
+        for key in (*_AT_LEAST_0, "betas"):
+            if key in group and group[key] is not optimizer.defaults.get(key):  # else its constructor has checked it
+                try:
+                    _hyperparameter(group[key], key)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"optimizer: group {i}: {error}") from error
 
 
 def _groups(kind: str, stacks: list[Tensor], values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -128,7 +209,7 @@ class Trained:
     """The ids of the optimiser's tensors that a fused kernel can update."""
 
     def __init__(self, optimizer: Optimizer, params: EnsembleParams) -> None:
-        check_is_params(params)
+        check_leaves(params)
         names = {id(tensor): name for part in params for name, tensor in part.items()}
         if len(names) != len(params.shared) + len(params.stacked):
             raise ValueError(
@@ -194,7 +275,11 @@ class Finder:
     def __call__(self, params: EnsembleParams) -> Trained:
         """What the optimiser trains of `params`."""
         check_is_params(params)
-        given = [(name, id(t), t.data_ptr(), t.requires_grad) for part in params for name, t in part.items()]
+        try:
+            given = [(name, id(t), t.data_ptr(), t.requires_grad) for part in params for name, t in part.items()]
+        except Exception:  # no tensors, or sparse ones: at every step this costs less than to look at them first
+            check_leaves(params)
+            raise
         key = [given, [id(tensor) for tensor in _held(self._optimizer)]]
         if self._last is None or self._last[0] != key:
             self._last = key, Trained(self._optimizer, params)

@@ -155,6 +155,8 @@ def _check_progress(there: dict[str, Any], here: dict[str, Any]) -> None:
 def _check_patience(there: Any, here: dict[str, Any]) -> None:
     if there is None:
         return
+    if there.get("mode") != here["patience"]["mode"]:
+        raise _differs("monitor_mode", shown(there.get("mode")), shown(here["patience"]["mode"]))
     for name in ("best", "waited"):
         _like(f"patience: {name}", there.get(name), here["patience"][name])
     if not isinstance(there.get("kept"), EnsembleParams):

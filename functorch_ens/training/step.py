@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -9,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from functorch_ens.checks import check_bool, check_number, check_option, check_positive_int
+from functorch_ens.checks import (
+    check_bool,
+    check_callable,
+    check_mapping,
+    check_number,
+    check_option,
+    check_positive_int,
+    shown,
+)
 from functorch_ens.forward.forward import Forward
 from functorch_ens.forward.plans import Plan
 from functorch_ens.forward.template import Modes
@@ -22,10 +31,11 @@ from functorch_ens.training.gradients import (
     Work,
     accumulated,
     by_parts,
+    check_found,
     collected,
 )
-from functorch_ens.training.losses import Loss, check_values
-from functorch_ens.training.optim import Finder, Trained
+from functorch_ens.training.losses import EXPECTED, Loss, check_values
+from functorch_ens.training.optim import Finder, Trained, check_groups
 from functorch_ens.training.update import Update, can_be_parted
 
 
@@ -73,25 +83,29 @@ def make_train_step(
     Raises: TypeError, ValueError for arguments of the wrong kind.
     """
     if not isinstance(forward, Forward):
-        raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {forward!r}")
-    if not callable(loss):
-        raise TypeError(f"loss: expected a function of one member's output and y, got {loss!r}")
+        raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {shown(forward)}")
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: expected an optimizer of torch.optim, got {optimizer!r}")
+        raise TypeError(f"optimizer: expected an optimizer of torch.optim, got {shown(optimizer)}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("optimizer: got LBFGS, whose step evaluates the loss several times; a train step does so once")
     check_option(reduction, ("sum", "mean"), "reduction")
-    if prepare is not None and not callable(prepare):
-        raise TypeError(f"prepare: expected a function of the batch, got {prepare!r}")
+    if prepare is not None:
+        check_callable(prepare, "prepare", "a function of the batch")
     for name, value in check_values(values).items():
         check_option(value.requires_grad, (False,), f"values[{name!r}].requires_grad")
+    check_callable(loss, "loss", EXPECTED, ["output", "y"], values or ())
+    check_groups(optimizer)
     if clip_norm is not None and not check_number(clip_norm, "clip_norm", minimum=0.0):
         raise ValueError(f"clip_norm: expected a number > 0, got {clip_norm!r}")
     check_option(clip_by, ("member", "ensemble"), "clip_by")
     check_bool(member_targets, "member_targets")
     check_option(autocast, (None, torch.bfloat16), "autocast")
-    if not isinstance(compile, bool | Mapping):
-        raise TypeError(f"compile: expected True, False or options of torch.compile, got {compile!r}")
+    if not isinstance(compile, bool):
+        check_mapping(compile, "compile", "True, False or options of torch.compile")
+        try:
+            inspect.signature(torch.compile).bind(None, **compile)
+        except TypeError as error:
+            raise TypeError(f"compile: expected options of torch.compile, got {dict(compile)!r}: {error}") from error
     return TrainStep(
         Objective(forward, loss, reduction, prepare, autocast, member_targets),
         optimizer,
@@ -146,6 +160,11 @@ class TrainStep:
     def forward(self) -> Forward:
         """The forward that the step was made with."""
         return self._objective.forward
+
+    @property
+    def prepares(self) -> bool:
+        """Whether `prepare` makes the inputs and the target of a batch."""
+        return self._objective.prepares
 
     @property
     def strategy(self) -> str:
@@ -216,6 +235,7 @@ class TrainStep:
         Returns: the new buffers.
         """
         trained = self._trained(params)
+        check_found(found, trained.params, buffers)
         trained.check_stopped(self.stopped, params.E)
         Update(self.optimizer, trained)(found.gradients, self.stopped)
         return self._keep_stopped(found.buffers, buffers)

@@ -1,7 +1,8 @@
-"""Early stopping of single members."""
+"""Early stopping of single members, and which way a monitored value gets better."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,21 @@ from torch import Tensor
 from functorch_ens._torch import pytree
 from functorch_ens.params.pytree import EnsembleParams
 
+_LESS = {"loss", "error", "err", "nll", "neg", "negative", "brier", "mse", "rmse", "mae", "ece"}
+_MORE = {"accuracy", "acc", "auroc", "auc", "aupr", "f1", "precision", "recall", "r2", "iou", "dice", "likelihood"}
+
+
+def better(monitor: str) -> str:
+    """Which values of `monitor` are better, by its name: `"max"` for accuracy and its like, else `"min"`.
+
+    >>> [better(name) for name in ("nll", "val_accuracy", "top-1 acc", "-accuracy", "calibration_error", "value")]
+    ['min', 'max', 'max', 'min', 'min', 'min']
+    """
+    if re.match(r"(1 ?)?-", monitor):
+        return "min"
+    words = set(re.findall(r"[a-z]+\d?", monitor.lower()))
+    return "max" if words & _MORE and not words & _LESS else "min"
+
 
 class Patience:
     """Watches one value per member, keeps a copy of each member's best parameters, and names members to stop.
@@ -18,17 +34,18 @@ class Patience:
     Members that share trained tensors have their best epoch together, by the mean of their values.
     """
 
-    def __init__(self, patience: int, E: int, together: bool) -> None:
+    def __init__(self, patience: int, E: int, together: bool, mode: str = "min") -> None:
         self.epochs = patience
         self._together = together
+        self._mode = mode
         self._best = torch.full((E,), float("inf"), dtype=torch.float64)
         self._waited = torch.zeros(E, dtype=torch.long)
         self._kept: EnsembleParams | None = None
         self._buffers: dict[str, Tensor] = {}
 
     def look(self, values: Tensor, params: EnsembleParams, buffers: Mapping[str, Tensor] | None) -> list[int]:
-        """The members that should stop, given this epoch's `values` `[E]`; less is better."""
-        values = values.detach().double().cpu()
+        """The members that should stop, given this epoch's `values` `[E]`. A nan is no better than anything."""
+        values = values.detach().double().cpu() * (-1 if self._mode == "max" else 1)  # so less is better
         if self._together:
             values = values.mean().expand_as(values)
         better = (values < self._best) & (self._waited < self.epochs)  # False for nan and stopped members
@@ -57,7 +74,13 @@ class Patience:
                     target.shared[name].copy_(tensor)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "waited": self._waited, "kept": self._kept, "buffers": self._buffers}
+        return {
+            "mode": self._mode,
+            "best": self._best,
+            "waited": self._waited,
+            "kept": self._kept,
+            "buffers": self._buffers,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], params: EnsembleParams, buffers: Mapping[str, Tensor]) -> None:
         """Go on from `state`; its tensors are moved to the devices of `params` and `buffers`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from functorch_ens._torch import is_compiling, is_under_vmap
+from functorch_ens.checks import check_tensor
 
 
 def check_logits(logits: Tensor) -> Tensor:
@@ -60,9 +61,8 @@ def check_regression(outputs: Tensor, *, means_alone: bool) -> Tensor:
 
 
 def check_floating(tensor: Tensor, argument: str) -> None:
-    """TypeError if `tensor` is not a floating tensor."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{argument}: expected a floating tensor, got {type(tensor).__name__}")
+    """TypeError if `tensor` is not a floating tensor, ValueError if it is sparse or nested."""
+    check_tensor(tensor, argument, "a floating tensor")
     if not tensor.is_floating_point():
         raise TypeError(f"{argument}: expected a floating tensor, got one of {tensor.dtype}")
 
@@ -79,8 +79,7 @@ def check_labels(y: Tensor, logits: Tensor) -> Tensor:
         TypeError: not a tensor of integers.
         ValueError: another shape or device; a label that is not in 0 to C - 1, where `shows_values` is true.
     """
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y: expected a tensor of classes, got {type(y).__name__}")
+    check_tensor(y, "y", "a tensor of classes")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y: expected classes of an integer dtype, got {y.dtype}")
     if y.shape != logits.shape[1:-1]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from functorch_ens.checks import check_bool
-from functorch_ens.uncertainty.logits import check_labels, check_logits, of_label
+from functorch_ens.checks import check_bool, check_has_values
+from functorch_ens.uncertainty.logits import check_floating, check_labels, check_logits, of_label
 from functorch_ens.uncertainty.measures import mean_log_probs
 
 # log T is bounded by ±4.6, so T by 0.01 and 100: if every prediction is correct, the NLL falls forever as T goes to 0.
@@ -39,8 +39,10 @@ def fit_temperature(logits: Tensor, y: Tensor, *, per_member: bool = False) -> T
     to the mean prediction and not to the members.
     """
     check_bool(per_member, "per_member")
+    check_floating(logits, "logits")
     dtype = logits.dtype
     logits, y = check_logits(logits), check_labels(y, logits)
+    check_has_values(logits, "logits")
     if per_member:
         return torch.stack([fit_temperature(one[None], y).to(dtype) for one in logits])
     if bool(_nll(logits, y).isinf()):

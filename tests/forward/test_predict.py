@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_same
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import functorch_ens as fe
 
@@ -98,12 +100,81 @@ def test_an_error_leaves_the_mode_as_it_was() -> None:
     assert all(module.training for module in model.modules())
 
 
+class _Scaled(nn.Module):
+    """Takes its two inputs by name too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2).double()
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return self.layer(x if scale is None else x * scale)
+
+
+class _Endless(IterableDataset[Any]):
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._rows)
+
+
+@pytest.mark.parametrize("own_inputs", [False, True])
+def test_batches_of_a_loader_give_the_same_as_tensors(own_inputs: bool) -> None:
+    model, x, scale, y = _Scaled(), randn(7, 3), randn(7, 1), torch.arange(7)
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model, member_inputs=own_inputs)
+    plain = fe.make_forward(model)
+    want, scaled = plain(params, x).detach(), plain(params, x, scale).detach()
+    pairs, named = TensorDataset(x, y), [{"x": a, "scale": b} for a, b in zip(x, scale, strict=True)]
+    loaders: list[tuple[Any, Any, Any]] = [
+        (DataLoader(pairs, batch_size=3), None, want),
+        (DataLoader(_Endless(list(zip(x, y, strict=True))), batch_size=3), None, want),
+        ([x[:3], x[3:]], None, want),
+        ((batch for batch in (x[:3], x[3:])), None, want),
+        (DataLoader(named, batch_size=3), None, scaled),  # type: ignore[arg-type]  # a list is a data set too
+        (DataLoader(TensorDataset(x, scale, y), batch_size=3), lambda x, scale, y: (x, scale), scaled),
+        (DataLoader(named, batch_size=3), lambda batch: (batch["x"], batch["scale"]), scaled),  # type: ignore[arg-type]
+    ]
+    for loader, prepare, expected in loaders:
+        assert_same(fe.predict(forward, params, loader, prepare=prepare), expected)
+
+
+def test_a_dict_of_tensors_is_one_input() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2).double()
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.layer(batch["x"] * batch["scale"])
+
+    model, batch = Named(), {"x": randn(7, 3), "scale": randn(7, 1)}
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+    assert_same(fe.predict(forward, params, batch, batch_size=3), forward(params, batch).detach())
+
+
+def test_bad_batches() -> None:
+    model = nn.Linear(3, 2).double()
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+    for batches, error, message in (
+        ([], ValueError, "inputs: expected at least one batch, got none"),
+        ([["a", "b"]], TypeError, r"inputs: expected batches of tensors \[B, ...\], got \['a', 'b'\]"),
+        ({"x": [1.0]}, TypeError, r"inputs: expected tensors .*, got list; give torch.as_tensor\(inputs\)"),
+        ("x", TypeError, "inputs: expected tensors .*, got 'x'"),
+    ):
+        with pytest.raises(error, match=message):
+            fe.predict(forward, params, batches)
+    with pytest.raises(TypeError, match=r"prepare: expected .* called with \(input\), got one that takes \(a, b\)"):
+        fe.predict(forward, params, randn(4, 3), prepare=lambda a, b: a)
+
+
 def test_bad_arguments() -> None:
     model = nn.Linear(3, 2).double()
     params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
     for inputs, error, message in (
         ((), TypeError, "inputs: expected tensors .*, got none"),
-        (([1.0],), TypeError, r"inputs: expected tensors \[N, ...\], got \[1.0\]"),
+        ((1.0,), TypeError, r"inputs: expected tensors \[N, ...\], .* got 1.0"),
+        (([1.0],), TypeError, r"inputs: expected batches of tensors \[B, ...\], got 1.0"),
         ((randn(0, 3),), ValueError, r"inputs: expected .* N > 0, got the shapes \[\[0, 3\]\]"),
         ((randn(4, 3), randn(5, 3)), ValueError, r"of one length .* got the shapes \[\[4, 3\], \[5, 3\]\]"),
         ((torch.tensor(1.0),), ValueError, r"of one length .* got the shapes \[\[\]\]"),

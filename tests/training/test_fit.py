@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracle import assert_same
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import functorch_ens as fe
 
@@ -435,6 +435,92 @@ def test_the_run_of_another_model_is_not_taken(tmp_path: Path) -> None:
         _Setting().fit(2, checkpoint=file)
 
 
+class _Endless(IterableDataset[Any]):
+    """The rows of a run one after another, without a length."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._rows)
+
+
+def test_a_loader_without_a_length() -> None:
+    rows = list(zip(randn(8, 3), randn(8, 2), strict=True))
+    results = []
+    for batches in (DataLoader(_Endless(rows), batch_size=4), DataLoader(rows, batch_size=4)):  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2).double()
+        params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+        step = fe.make_train_step(forward, F.mse_loss, torch.optim.SGD(tree_leaves(params), lr=0.1), compile=False)
+        results.append(fe.fit(step, params, batches, epochs=2).history["loss"])
+    assert_same(results[0], results[1], tolerance=0)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("accuracy", None), ("val_acc", None), ("value", "max")])
+def test_of_what_is_better_the_more_there_is_the_most_is_kept(name: str, mode: str | None) -> None:
+    values = torch.tensor([[1.0, 3, 2], [2, 2, 3], [1, 1, float("nan")], [1, 9, 9]])
+    own, epoch, seen = _Setting(), 0, []
+
+    def evaluate(now: fe.EnsembleParams, _: Any) -> dict[str, Tensor]:
+        nonlocal epoch
+        seen.append(now.stacked["0.weight"].detach().clone())
+        epoch += 1
+        return {name: values[epoch - 1]}
+
+    fitted = own.fit(4, evaluate=evaluate, monitor=name, monitor_mode=mode, patience=2)
+    # Member 2 has waited for one epoch at the nan, and is best at the end.
+    assert fitted.stopped == {0: f"no better {name} after epoch 2", 1: f"no better {name} after epoch 1"}
+    for member, best in ((0, 1), (1, 0), (2, 3)):
+        assert torch.equal(fitted.params.stacked["0.weight"][member], seen[best][member])
+
+
+def test_a_nan_in_what_is_monitored_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    nan = float("nan")
+    values = torch.tensor([[3.0, nan, 9], [nan, nan, nan], [2, 1, nan]])
+    own, epoch, seen = _Setting(), 0, []
+
+    def evaluate(now: fe.EnsembleParams, _: Any) -> dict[str, Tensor]:
+        nonlocal epoch
+        seen.append(now.stacked["0.weight"].detach().clone())
+        epoch += 1
+        return {"nll": values[epoch - 1]}
+
+    fitted = own.fit(3, evaluate=evaluate, monitor="nll", patience=5)
+    messages = [record.getMessage() for record in caplog.records if "nan" in record.getMessage()]
+    assert messages == [
+        "members [1]: nll is nan after epoch 1, which counts as no better",
+        "all members: nll is nan after epoch 2, which counts as no better",
+        "members [2]: nll is nan after epoch 3, which counts as no better",
+    ]
+    for member, best in enumerate((2, 2, 0)):
+        assert torch.equal(fitted.params.stacked["0.weight"][member], seen[best][member])
+
+
+def test_a_plateau_has_the_direction_of_what_is_monitored() -> None:
+    own = _Setting()
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(own.optimizer, mode="max", factor=0.1, patience=0)
+    with pytest.raises(
+        ValueError, match="scheduler: ReduceLROnPlateau has mode='max', but 'nll' is monitored by 'min'"
+    ):
+        own.fit(1, scheduler=plateau, monitor="nll")
+    rising, nan = iter([1.0, 2.0, 3.0]), float("nan")
+    own.fit(
+        3,
+        scheduler=plateau,
+        evaluate=lambda *_: {"acc": torch.tensor([next(rising), nan, nan])},
+        monitor="acc",
+    )
+    assert own.optimizer.param_groups[0]["lr"] == 0.05
+
+
+def test_the_direction_of_a_resumed_run_is_that_of_its_beginning(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"monitor": "nll", "patience": 2, "checkpoint": tmp_path / "run.pt"}
+    _Setting().fit(1, **options)
+    with pytest.raises(ValueError, match="monitor_mode: it was 'min' in the checkpoint, got 'max'"):
+        _Setting().fit(2, monitor_mode="max", **options)
+
+
 _TURN = iter([True, False])
 _OTHER = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1, requires_grad=True)]), 3)
 
@@ -444,7 +530,7 @@ _OTHER = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1, requires
     [
         ({"epochs": 0}, ValueError, "epochs: expected a positive int, got 0"),
         ({"patience": 0}, ValueError, "patience: expected a positive int, got 0"),
-        ({"patience": 1}, ValueError, "monitor: expected the name of what is to become less"),
+        ({"patience": 1}, ValueError, "monitor: expected the name of what is to become better"),
         ({"monitor": "nll", "evaluate": None}, ValueError, "monitor: expected evaluate too, which returns 'nll'"),
         ({"monitor": "other"}, ValueError, r"monitor: expected 'other', a number or \[3\]"),
         ({"evaluate": lambda *_: 3}, ValueError, "evaluate: expected a dict of results, .* got 3"),
@@ -457,6 +543,11 @@ _OTHER = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1, requires
         ),
         ({"evaluate": lambda *_: {"loss": 3}}, ValueError, 'evaluate: expected .* "loss" not among them'),
         ({"schedule_by": "batch"}, ValueError, "schedule_by: expected one of .*, got 'batch'"),
+        ({"evaluate": "x"}, TypeError, "evaluate: expected a function .* got 'x'"),
+        ({"evaluate": lambda params: {}}, TypeError, r"evaluate: .* called with \(params, buffers\), .* \(params\)"),
+        ({"evaluate": lambda *_: {"nll": "x"}}, TypeError, "evaluate: expected numbers or tensors, got 'x' for 'nll'"),
+        ({"monitor_mode": "max"}, ValueError, "monitor_mode: expected monitor too, got 'max' alone"),
+        ({"monitor": "nll", "monitor_mode": "more"}, ValueError, r"monitor_mode: expected one of .* got 'more'"),
         ({"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got 3"),
     ],
 )
@@ -471,7 +562,15 @@ def test_bad_batches() -> None:
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(own.optimizer)
     with pytest.raises(ValueError, match=r'schedule_by: ReduceLROnPlateau .* got "step"'):
         own.fit(1, scheduler=plateau, schedule_by="step")
+    with pytest.raises(TypeError, match=r"scheduler: expected one of torch.optim.lr_scheduler, got AdamW"):
+        own.fit(1, scheduler=own.optimizer)
     fit: Callable[..., Any] = fe.fit
+    step = fe.make_train_step(own.forward, F.cross_entropy, own.optimizer, compile=False)
+    for batches, message in (([own.x], "got \\(a tensor"), ([{"x": own.x}], "got"), ("xy", "got 'xy'")):
+        with pytest.raises(TypeError, match=f"batches: expected .*{message}"):
+            fit(step, own.params, batches, epochs=1, buffers=own.buffers)
+    with pytest.raises(TypeError, match="batches: expected a function that returns an iterable, it returned None"):
+        fit(step, own.params, lambda source: None, epochs=1, buffers=own.buffers)
     with pytest.raises(TypeError, match="batches: expected an iterable, or a function of a generator, got 3"):
         fit(own.step, own.params, 3, epochs=1)
     with pytest.raises(TypeError, match="step: expected a train step"):

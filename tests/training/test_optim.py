@@ -127,6 +127,55 @@ def test_numbers_for_each_member_may_be_a_list_or_an_array(kind: Any) -> None:
     assert [(group["lr"], group["betas"]) for group in groups] == [(lr, [0.8, 0.9]) for lr in (0.1, 0.2, 0.3)]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        *(("lr", bad, ValueError) for bad in (float("nan"), float("inf"), -0.1)),
+        *(("weight_decay", bad, TypeError) for bad in (True, 1j, "x", None)),
+        ("momentum", torch.tensor([0.1, float("nan"), 0.1]), ValueError),
+        ("momentum", [0.1, -0.1, 0.1], ValueError),
+        ("lr", torch.ones(3, dtype=torch.complex64), TypeError),
+        ("betas", (0.9, float("nan")), ValueError),
+        ("anything", 1j, TypeError),
+    ],
+)
+def test_numbers_that_no_optimiser_takes(name: str, value: Any, error: type[Exception]) -> None:
+    params = fe.ensemble_params(_net(bias=True), 3)
+    with pytest.raises(error, match=f"^{name}: expected "):
+        fe.param_groups(params, **{name: value})
+    if not isinstance(value, Tensor | list) and name != "anything":
+        group = {"params": tree_leaves(params), "lr": 0.1, name: value}
+        with pytest.raises((TypeError, ValueError)):  # torch's own, or of the step where torch has none
+            optimizer = torch.optim.SGD([group]) if name != "betas" else torch.optim.Adam([group])
+            fe.make_train_step(fe.make_forward(_net(bias=True)), F.cross_entropy, optimizer)
+
+
+def test_a_hyperparameter_that_the_optimiser_does_not_have() -> None:
+    model = _net(bias=True)
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model)
+
+    class Own(torch.optim.SGD):
+        """An optimiser with a key in its groups that its defaults do not have."""
+
+    Own.__module__ = "mine"
+    for make, values, message in (
+        (torch.optim.AdamW, {"wieght_decay": 0.1}, r"'wieght_decay', which group 0 \(stacked\) has; is 'weight_decay'"),
+        (torch.optim.AdamW, {"momentum": 0.1}, "AdamW has no hyperparameter 'momentum'"),
+        (Own, {"momentun": 0.1}, "Own has no hyperparameter 'momentun', .* is 'momentum' meant?"),
+    ):
+        optimizer = make(fe.param_groups(params, lr=0.1, **values))
+        with pytest.raises(ValueError, match=f"optimizer: .*{message}"):
+            fe.make_train_step(forward, F.cross_entropy, optimizer)
+    fe.make_train_step(forward, F.cross_entropy, Own(fe.param_groups(params, lr=0.1, depth=3)))
+    rank1 = fe.param_groups(fe.batchensemble_params(model, 3), lr=0.1)
+    fe.make_train_step(forward, F.cross_entropy, torch.optim.Rprop(rank1))  # which has no weight decay
+    optimizer = torch.optim.AdamW(fe.param_groups(params, lr=torch.ones(3), betas=[0.8, 0.9]))
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=5)
+    fe.make_train_step(forward, F.cross_entropy, optimizer)
+    with pytest.raises(ValueError, match="name: param_groups names its groups itself, got 'mine'"):
+        fe.param_groups(params, lr=0.1, name="mine")
+
+
 def test_bad_arguments() -> None:
     model = _net(bias=True)
     classic, batch = fe.ensemble_params(model, 3), fe.batchensemble_params(model, 3)
