@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -600,6 +601,8 @@ def test_every_wrong_kind_of_every_argument_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     count, wrong = found_wrong(ROWS[name], argument, tmp_path)
+    if name.startswith("plots."):
+        plt.close("all")
     assert count > 10
     assert not wrong, "\n".join(wrong)
 

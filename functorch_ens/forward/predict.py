@@ -53,8 +53,7 @@ def predict(
     if not isinstance(forward, Forward):
         raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {shown(forward)}")
     forward.refresh()
-    modes = forward.modes(training=False)
-    E = forward.check(params, buffers, modes)
+    E = forward.check(params, buffers, forward.modes())  # a model in training mode was trained with buffers
     forward.check_kinds(params, buffers)
     are_batches = len(inputs) == 1 and isinstance(inputs[0], Iterable) and not isinstance(inputs[0], _NOT_BATCHES)
     if prepare is not None:
@@ -70,7 +69,7 @@ def predict(
         for rows, given, named in work:
             if forward.member_inputs:
                 given = _repeated(given, E)
-            output = forward.called(params, given, named, buffers, modes)
+            output = forward.called(params, given, named, buffers, forward.modes(training=False))
             tensors, form = take_apart(output if buffers is None else output[0])
             strange = [list(tensor.shape) for tensor in tensors if tensor.shape[:2] != (E, rows)]
             if strange or (forms and form != forms[0]):

@@ -223,7 +223,7 @@ def test_what_cannot_be_pickled_is_a_type_error(tmp_path: Path) -> None:
             fe.save_checkpoint({"value": value}, tmp_path / "run.pt")
     with pytest.raises(IsADirectoryError):
         fe.load_checkpoint(tmp_path)
-    with pytest.raises(TypeError, match="path: expected a path, got 3"):
+    with pytest.raises(TypeError, match="path: expected the path of a file, got 3"):
         fe.load_checkpoint(3)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 

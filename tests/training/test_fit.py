@@ -517,7 +517,7 @@ def test_a_plateau_has_the_direction_of_what_is_monitored() -> None:
 def test_the_direction_of_a_resumed_run_is_that_of_its_beginning(tmp_path: Path) -> None:
     options: dict[str, Any] = {"monitor": "nll", "patience": 2, "checkpoint": tmp_path / "run.pt"}
     _Setting().fit(1, **options)
-    with pytest.raises(ValueError, match="monitor_mode: it was 'min' in the checkpoint, got 'max'"):
+    with pytest.raises(ValueError, match="is of another run: monitor_mode is 'min' there, and 'max' here"):
         _Setting().fit(2, monitor_mode="max", **options)
 
 
