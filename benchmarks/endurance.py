@@ -310,6 +310,16 @@ def _start(*work: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def _interrupted(worker: subprocess.Popen[str]) -> str:
+    """What a worker says after Ctrl-C; again after a second, for Python swallows an interrupt in a destructor."""
+    while True:
+        worker.send_signal(signal.SIGINT)
+        try:
+            return worker.communicate(timeout=1)[1]
+        except subprocess.TimeoutExpired:
+            continue
+
+
 def interrupted_saves(chance: random.Random, number: int) -> Outcomes:
     """Ctrl-C while a process saves again and again: it ends by that alone, and the file is whole."""
     with tempfile.TemporaryDirectory() as folder:
@@ -319,15 +329,51 @@ def interrupted_saves(chance: random.Random, number: int) -> Outcomes:
             assert worker.stdout is not None
             worker.stdout.readline()  # it has begun
             time.sleep(chance.uniform(0.01, 0.2))
-            worker.send_signal(signal.SIGINT)
-            _, errors = worker.communicate()
-            as_asked = worker.returncode in (1, -signal.SIGINT) and errors.strip().endswith("KeyboardInterrupt")
+            errors = _interrupted(worker)
+            as_asked = worker.returncode in (1, -signal.SIGINT) and "KeyboardInterrupt" in errors
             left = [each.name for each in Path(folder).iterdir()] == ["run.pt"]
             try:
                 whole = fe.load_checkpoint(path)["epoch"] == 3
             except Exception:
                 whole = False
             yield "right" if as_asked and left and whole else "wrong"
+
+
+def interrupted_calls(chance: random.Random, number: int) -> Outcomes:
+    """Ctrl-C in a call of an ensemble whose model checkpoints: the next call, and checkpointing, are as before."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.layer, x, use_reentrant=False)
+
+    model, x = Checkpointed(), torch.ones(2, 3)
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model, chunk_size=2)
+    want, counts = forward(params, x).detach(), [0]
+
+    def counted(x: Tensor) -> Tensor:
+        counts[0] += 1
+        return x.sin()
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for trial in range(number):
+            try:
+                # Python swallows an interrupt in a destructor, so there is another one.
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, 3e-3), 0.05)
+                while True:
+                    forward(params, x).sum().backward()
+            except KeyboardInterrupt:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            counts[0] = 0
+            checkpoint(counted, torch.ones(3, requires_grad=True), use_reentrant=bool(trial % 2)).sum().backward()
+            yield "right" if counts == [2] and not model.layer._forward_hooks else "wrong"
+            yield _outcome(lambda: forward(params, x), want)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def killed_runs(chance: random.Random, number: int) -> Outcomes:
@@ -424,6 +470,7 @@ TRIALS: dict[str, tuple[Callable[[random.Random, int], Outcomes], int]] = {
     "flips, blocks": (damaged_blocks, 600),
     "writers, two": (two_writers, 200),
     "interrupts, saving": (interrupted_saves, 12),
+    "interrupts, calls": (interrupted_calls, 1000),
     "kills, fit": (killed_runs, 6),
     "memory, calls": (memory_of_calls, 2000),
     "memory, models": (memory_of_models, 300),

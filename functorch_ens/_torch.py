@@ -38,6 +38,7 @@ _MORE_MEMORY = "under torch.func.grad a chunk that is computed again keeps its i
 _FEWER_MODELS = "under autograd only operations that torch.func can follow are computed again for a chunk"
 _NO_FLAGS = "models that set requires_grad of a tensor are computed by the loop"
 _NO_HOOKS = "after a compilation that fails in torch.func.grad, torch.utils.checkpoint fails"
+_LIBRARIES = "at a first call, gradients through operators of other libraries that have none of their own"
 _WHOLE_UPDATES = "large members are updated all at once, not part by part"
 
 PRIVATE: dict[tuple[str, str], str] = {
@@ -58,7 +59,9 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch._C._autograd", "_saved_tensors_hooks_disable"): _NO_HOOKS,
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): "models that checkpoint, with torch 2.11",
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator_impl"): "models that checkpoint",
-    ("torch.utils._python_dispatch", "_disable_current_modes"): "gradients through operators without their own",
+    ("torch._ops", "OpOverload"): _LIBRARIES,
+    ("torch._ops", "OpOverloadPacket"): _LIBRARIES,
+    ("torch.utils._python_dispatch", "_disable_current_modes"): _LIBRARIES,
     ("torch.optim.optimizer", "_global_optimizer_pre_hooks"): _WHOLE_UPDATES,
     ("torch.optim.optimizer", "_global_optimizer_post_hooks"): _WHOLE_UPDATES,
     ("torch._guards", "detect_fake_mode"): "make_fx with symbolic sizes traces the loop",
@@ -222,12 +225,17 @@ def wait_for_traces(error: Exception, seconds: float = 60) -> bool:
     return nn.Module.__call__ is _CALL
 
 
+_operators = tuple(
+    kind for name in ("OpOverload", "OpOverloadPacket") if (kind := _private["torch._ops", name]) is not None
+)
+
+
 def is_of_a_library(function: Any) -> bool:
-    """Whether `function` is an operator that is registered in another library than torch's own."""
-    if not isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    """Whether `function` is an operator that is registered in another library than torch's own. Fallback: False."""
+    if not isinstance(function, _operators):
         return False
     packet: Any = getattr(function, "overloadpacket", function)
-    return not packet._qualified_op_name.startswith(("aten::", "prims::", "prim::"))
+    return not getattr(packet, "_qualified_op_name", "aten::").startswith(("aten::", "prims::", "prim::"))
 
 
 def without_dispatch_modes() -> AbstractContextManager[Any]:
@@ -237,8 +245,8 @@ def without_dispatch_modes() -> AbstractContextManager[Any]:
 
 
 def arguments_of(operator: Any) -> list[Any]:
-    """The arguments in the schema of an operator, each with its `name` and `default_value`."""
-    return list(operator._schema.arguments)
+    """The arguments in the schema of an operator, each with its `name` and `default_value`. Fallback: none."""
+    return list(getattr(getattr(operator, "_schema", None), "arguments", ()))
 
 
 def in_forward_mode() -> bool:
