@@ -39,6 +39,7 @@ _FEWER_MODELS = "under autograd only operations that torch.func can follow are c
 _NO_FLAGS = "models that set requires_grad of a tensor are computed by the loop"
 _NO_HOOKS = "after a compilation that fails in torch.func.grad, torch.utils.checkpoint fails"
 _LIBRARIES = "at a first call, gradients through operators of other libraries that have none of their own"
+_AFTER_CTRL_C = "Ctrl-C at a certain moment leaves this thread inside vmap or a mode, as in torch itself"
 _WHOLE_UPDATES = "large members are updated all at once, not part by part"
 
 PRIVATE: dict[tuple[str, str], str] = {
@@ -52,6 +53,12 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch._C._functorch", "_unwrap_for_grad"): _MORE_MEMORY,
     ("torch._C._functorch", "get_inplace_requires_grad_allowed"): _NO_FLAGS,
     ("torch._C._functorch", "set_inplace_requires_grad_allowed"): _NO_FLAGS,
+    ("torch._C._functorch", "get_dynamic_layer_stack_depth"): _AFTER_CTRL_C,
+    ("torch._C._functorch", "pop_dynamic_layer_stack_and_undo_to_depth"): _AFTER_CTRL_C,
+    ("torch._C", "_len_torch_function_stack"): _AFTER_CTRL_C,
+    ("torch._C", "_pop_torch_function_stack"): _AFTER_CTRL_C,
+    ("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack"): _AFTER_CTRL_C,
+    ("torch.utils._python_dispatch", "_pop_mode"): _AFTER_CTRL_C,
     ("torch._C", "_DisableFuncTorch"): "a tensor that a model overwrites in its attributes may not be restored",
     ("torch.autograd.forward_ad", "_current_level"): "a forward with chunk_size has no forward-mode derivative",
     ("torch._C._autograd", "_saved_tensors_hooks_get_disabled_error_message"): _NO_HOOKS,
@@ -140,6 +147,41 @@ def unwrap_in_place(tensor: Tensor) -> None:
 def inside_transform() -> bool:
     """Whether a transform of torch.func is in force. Fallback: True, and what torch.func cannot follow then fails."""
     return _peek is None or _peek() is not None
+
+
+_depth = _private["torch._C._functorch", "get_dynamic_layer_stack_depth"]
+_pop_to_depth = _private["torch._C._functorch", "pop_dynamic_layer_stack_and_undo_to_depth"]
+_function_modes = _private["torch._C", "_len_torch_function_stack"]
+_pop_function_mode = _private["torch._C", "_pop_torch_function_stack"]
+_dispatch_modes = _private["torch.utils._python_dispatch", "_get_current_dispatch_mode_stack"]
+_pop_dispatch_mode = _private["torch.utils._python_dispatch", "_pop_mode"]
+
+
+def modes_in_force() -> list[Any]:
+    """The modes that see every operator of this thread, the innermost last. Fallback: none are known."""
+    return [] if _dispatch_modes is None else list(_dispatch_modes())
+
+
+def layers_in_force() -> tuple[int, int, int]:
+    """How many transforms and modes of each kind this thread is in. Fallback, for each: 0."""
+    return (
+        0 if _depth is None else int(_depth()),
+        0 if _function_modes is None else int(_function_modes()),
+        len(modes_in_force()),
+    )
+
+
+def leave_layers_beyond(layers: tuple[int, int, int]) -> None:
+    """Leave the transforms and modes that an interrupt has kept in force. Fallback: they stay."""
+    if None in (_pop_to_depth, _pop_function_mode, _pop_dispatch_mode):
+        return
+    depth, functions, dispatches = layers
+    while layers_in_force()[1] > functions:
+        _pop_function_mode()
+    while layers_in_force()[2] > dispatches:
+        _pop_dispatch_mode()
+    if layers_in_force()[0] > depth:
+        _pop_to_depth(depth)
 
 
 def below_grad(tensor: Tensor) -> Tensor:

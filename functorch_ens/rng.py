@@ -7,7 +7,6 @@ whatever has to draw the same numbers again draws them from copies.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -21,6 +20,7 @@ from functorch_ens._torch import (
     TorchDispatchMode,
     arguments_of,
     is_of_a_library,
+    modes_in_force,
     outside_transforms,
     pytree,
     without_dispatch_modes,
@@ -38,8 +38,8 @@ class RandomState(NamedTuple):
     @classmethod
     def of(cls, tensors: Any) -> RandomState:
         """The present state of the generators for the devices of a pytree of `tensors`: those that this thread uses."""
-        if _innermost.drawing is not None:
-            return _innermost.drawing.state
+        if drawing := _innermost():
+            return drawing.state
         devices = {leaf.device for leaf in pytree.tree_leaves(tensors)}
         cuda = sorted(device.index for device in devices if device.type == "cuda")
         return cls(torch.get_rng_state(), {index: torch.cuda.get_rng_state(index) for index in cuda})
@@ -51,8 +51,8 @@ class RandomState(NamedTuple):
 
     def restore(self) -> None:
         """Set the generators that this thread uses to this state."""
-        if _innermost.drawing is not None:
-            _innermost.drawing.state = self
+        if drawing := _innermost():
+            drawing.state = self
             return
         torch.set_rng_state(self.cpu)
         for index, state in self.cuda.items():
@@ -145,14 +145,6 @@ class Drawing(Draws):
             if index in state.cuda:
                 generator.set_state(state.cuda[index])
 
-    def __enter__(self) -> Any:
-        self._outside, _innermost.drawing = _innermost.drawing, self
-        return super().__enter__()
-
-    def __exit__(self, *of_error: Any) -> None:
-        super().__exit__(*of_error)
-        _innermost.drawing = self._outside
-
     def drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._follow_seeds()
         if func is torch.ops.aten.native_dropout.default and args[0].device.type == "cpu":  # as the kernel does it
@@ -196,11 +188,9 @@ class Drawing(Draws):
                 there.set_state(state)
 
 
-class _Innermost(threading.local):
-    drawing: Drawing | None = None
-
-
-_innermost = _Innermost()
+def _innermost() -> Drawing | None:
+    """The innermost `Drawing` that this thread is in."""
+    return next((mode for mode in reversed(modes_in_force()) if isinstance(mode, Drawing)), None)
 
 
 @cache

@@ -39,6 +39,13 @@ def is_of_vmap(error: BaseException | None) -> bool:
     return False
 
 
+def interrupt_in(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C that led to `error`: torch's own clearing up fails at some moments, and raises that in its place."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether `error` may be gone at the next try: memory, time, a connection, a file."""
     return isinstance(error, MemoryError | OSError | torch.OutOfMemoryError) or "allocate memory" in str(error)

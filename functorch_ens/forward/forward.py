@@ -14,7 +14,7 @@ from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
 from functorch_ens.checks import check_bool, check_option, check_positive_int, first_line
 from functorch_ens.forward.call import Call, Known, update_lost
-from functorch_ens.forward.failures import VmapCannot, is_of_vmap, is_transient
+from functorch_ens.forward.failures import VmapCannot, interrupt_in, is_of_vmap, is_transient
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
 from functorch_ens.forward.settings import Settings
@@ -170,12 +170,16 @@ class Forward:
                 plan = plan.for_any_size()
             return call.result(run(call, plan))
         self.check_kinds(params, buffers)
+        layers = _torch.layers_in_force()
         try:
             return self._compute(call)
         except NameError as error:
             if not _torch.wait_for_traces(error):
                 raise
             return self._compute(call)
+        except KeyboardInterrupt:
+            _torch.leave_layers_beyond(layers)
+            raise
         finally:
             call.check_parameters()
 
@@ -238,6 +242,8 @@ class Forward:
             try:
                 result = call.result(run(call, plan))
             except Exception as error:
+                if interrupt := interrupt_in(error):
+                    raise interrupt from None
                 if index + 1 < len(plans) and is_of_vmap(error):
                     failure = failure or error
                     continue

@@ -16,6 +16,7 @@ from torch.func import vjp
 from functorch_ens import _torch
 from functorch_ens._torch import pytree
 from functorch_ens.anatomy import is_numeric
+from functorch_ens.forward.failures import interrupt_in
 from functorch_ens.rng import Drawing, RandomState
 
 Result = TypeVar("Result", bound=tuple[Any, ...])
@@ -105,15 +106,22 @@ class _Recomputed(torch.autograd.Function):
 
         some = [tensors[index] for index in wanted]
         slopes = tuple(gradient for _, gradient in given)
-        if torch.is_grad_enabled() or _torch.inside_transform():
-            with ctx.again():
-                pull: Any = vjp(compute, *some)[1]
-            found = pull(slopes)
-        else:  # plain autograd also serves operations that torch.func cannot follow
-            with ctx.again(), torch.enable_grad():
-                leaves = [tensor.detach().requires_grad_() for tensor in some]
-                outputs = compute(*leaves)
-            found = torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
+        layers = _torch.layers_in_force()
+        try:
+            if torch.is_grad_enabled() or _torch.inside_transform():
+                with ctx.again():
+                    pull: Any = vjp(compute, *some)[1]
+                found = pull(slopes)
+            else:  # plain autograd also serves operations that torch.func cannot follow
+                with ctx.again(), torch.enable_grad():
+                    leaves = [tensor.detach().requires_grad_() for tensor in some]
+                    outputs = compute(*leaves)
+                found = torch.autograd.grad(outputs, leaves, slopes, allow_unused=True)
+        except BaseException as error:
+            if interrupt := interrupt_in(error):
+                _torch.leave_layers_beyond(layers)
+                raise interrupt from None
+            raise
         results = dict(zip(wanted, found, strict=True))
         return *nothing, *(results.get(index) for index in range(len(tensors)))
 
