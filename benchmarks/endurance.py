@@ -401,6 +401,7 @@ def killed_runs(chance: random.Random, number: int) -> Outcomes:
 
 def _worker(kind: str, path: str) -> None:
     """What runs in a process of its own, and is interrupted or killed."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     if kind == "save":
         state = _state() | {"large": torch.zeros(500_000)}
         fe.save_checkpoint(state, path)
