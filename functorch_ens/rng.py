@@ -129,9 +129,24 @@ class Drawing(Draws):
         super().__init__()
         self._cpu = torch.Generator()
         self._cuda = {index: torch.Generator(f"cuda:{index}") for index in state.cuda}
-        self.state = state
-        self._seen = [(torch.get_rng_state(), state.cpu)]
+        self.state = self._start = state
+        self._seen: list[tuple[Tensor, Tensor]] = []
         """States of the global generator, each with the state that the copy had when it was left."""
+        self._marks: dict[bytes, Tensor] = {}
+        """What the global generator remembers in the place of a seed, and that seed."""
+
+    def __enter__(self) -> Any:
+        if _is_fresh(now := torch.get_rng_state()):
+            self._mark_seed(now)
+        self._seen = [(torch.get_rng_state(), self._start.cpu)]
+        return super().__enter__()
+
+    def __exit__(self, *of_error: Any) -> None:
+        super().__exit__(*of_error)
+        self._follow_seeds()
+        seed = self._marks.get(_remembered(torch.get_rng_state()))
+        if seed is not None:
+            _mark(seed)
 
     @property
     def state(self) -> RandomState:
@@ -157,6 +172,21 @@ class Drawing(Draws):
             return self._lent(func, args, kwargs)
         return taking(*args, **{**kwargs, "generator": generator})
 
+    def hand_back(self) -> None:
+        """Let the generators of the surroundings go on from here, as if what was drawn had come from them.
+
+        Where another thread has drawn in the meantime they stay where they are now, and draw one number.
+        """
+        devices = [torch.empty(0, device=f"cuda:{index}") for index in self._cuda]
+        now, (last, _) = RandomState.of(devices), self._seen[-1]
+        cuda_stayed = all(torch.equal(state, self._start.cuda[index]) for index, state in now.cuda.items())
+        if outer := _innermost():
+            outer.drew = True
+        if outer or (cuda_stayed and torch.equal(now.cpu[_SEED:], last[_SEED:])):
+            self.state.restore()
+        else:
+            torch.rand(())
+
     def _follow_seeds(self) -> None:
         """Where the model has seeded the global generator, or put it back (`fork_rng`), the copy does the same."""
         now, (last, _) = torch.get_rng_state(), self._seen[-1]
@@ -166,7 +196,15 @@ class Drawing(Draws):
         if earlier or _is_fresh(now):
             self._seen[-1] = last, self._cpu.get_state()
             self._cpu.set_state(earlier[-1] if earlier else now)
-            self._seen.append((now, now))
+            if not earlier:  # so that the same seed is noticed again
+                self._mark_seed(now)
+            self._seen.append((torch.get_rng_state(), now))
+
+    def _mark_seed(self, state: Tensor) -> None:
+        """Let the global generator remember another seed, so that the same one is noticed when it is set again."""
+        seed, other = state[:_SEED].clone(), state[:_SEED] ^ (0x55 + len(self._marks) % 100)  # another one each time
+        _mark(other)
+        self._marks[_remembered(torch.get_rng_state())] = seed
 
     def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator | None:
         """The copy for the device of this operation; None where there is none."""
@@ -247,19 +285,20 @@ class Parts:
         if drawing.drew and self._randomness == "error":
             raise RuntimeError('randomness="error": the model drew random numbers; "different" and "same" allow it')
         if drawing.drew and last:
-            go_on_from(drawing.state, start)
+            drawing.hand_back()
 
 
-def go_on_from(state: RandomState, before: RandomState) -> None:
-    """Set the global generators to `state`, as if what was drawn since `before` had come from them.
+@contextmanager
+def drawing_apart(tensors: Any) -> Iterator[None]:
+    """Draw from copies of the global generators, for the devices of `tensors`; these go on from there afterwards.
 
-    Where another thread has drawn in the meantime they stay where they are now, and draw one number.
+    After an error they are as they were before, without being set.
     """
-    now = RandomState.of([torch.empty(0, device=f"cuda:{index}") for index in before.cuda])
-    if now.equals(before):
-        state.restore()
-    else:
-        torch.rand(())
+    start = RandomState.of(tensors)
+    with Drawing(start) as drawing:
+        yield
+    if drawing.drew:
+        drawing.hand_back()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -298,12 +337,17 @@ _SEED = 8
 
 
 def _mark(seed: Tensor) -> None:
-    torch.set_rng_state(torch.cat([seed, torch.get_rng_state()[_SEED:]]))
+    with outside_transforms():  # torch.func.grad would refuse to write to a tensor of its surroundings
+        torch.set_rng_state(torch.cat([seed, torch.get_rng_state()[_SEED:]]))
+
+
+def _remembered(state: Tensor) -> bytes:
+    return bytes(state[:_SEED].tolist())
 
 
 def _is_fresh(state: Tensor) -> bool:
     """Whether nothing has been drawn since the generator in this `state` was seeded."""
-    seed = int.from_bytes(bytes(state[:_SEED].tolist()), sys.byteorder)
+    seed = int.from_bytes(_remembered(state), sys.byteorder)
     return torch.equal(state, torch.Generator().manual_seed(seed).get_state())
 
 

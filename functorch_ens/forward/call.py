@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from functorch_ens.forward.settings import Settings
 from functorch_ens.forward.template import Modes, Templates
 from functorch_ens.forward.watch import Alone, Notes
 from functorch_ens.params.pytree import EnsembleParams
-from functorch_ens.rng import Draws
 from functorch_ens.trees import Form, Static, take_apart
 
 
@@ -154,11 +153,8 @@ class Call:
         else:
             template = templates.take()
             try:
-                if self.notes is None:
+                with self._alone:
                     output, new = template(self.modes, weights, copies, args, kwargs)
-                else:
-                    with self._alone, self._draws(self.notes):
-                        output, new = template(self.modes, weights, copies, args, kwargs)
             except Exception:
                 templates.idle.append(template)
                 raise
@@ -183,16 +179,6 @@ class Call:
             raise ValueError(update_lost(updated))
         output = form.rebuild(iter(returned.tensors))
         return (output, returned.buffers) if self._returns_buffers else output
-
-    @contextmanager
-    def _draws(self, notes: Notes) -> Iterator[None]:
-        """Inside, it is noted whether random numbers are drawn."""
-        draws = Draws()
-        try:
-            with draws:
-                yield
-        finally:
-            notes.drew |= draws.drew
 
     def again(self) -> AbstractContextManager[None]:
         """Around members that a backward pass computes again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from functorch_ens.layers.norm import RUNNING_NORM
 from functorch_ens.layers.operators import SIDES
 from functorch_ens.layers.registry import obstacle, takes_any_size
 from functorch_ens.params.pytree import EnsembleParams, check_buffers, check_kinds, check_params
-from functorch_ens.rng import RandomState
+from functorch_ens.rng import RandomState, drawing_apart
 
 log = logging.getLogger(__name__)
 
@@ -232,15 +233,18 @@ class Forward:
         if plans[0].strategy == "vmap" and _torch.every_module_has_backward_hooks():
             why = VmapCannot("all modules have backward hooks, which vmap passes by", [])
             plans = self._settle(plans, len(plans) - 1, why)
-        before = RandomState.of([*call.members.shared.values(), *call.members.stacked.values()])
+        tensors = [*call.members.shared.values(), *call.members.stacked.values()]
+        before = RandomState.of(tensors)
         failure: Exception | None = None
         for index, plan in enumerate(plans):
-            if failure is not None and (call.notes is None or call.notes.drew):
+            if failure is not None and call.notes is None and not before.equals(RandomState.of(tensors)):
                 before.restore()
             if isinstance(failure, VmapCannot) and plan.strategy == "vmap":
                 continue
             try:
-                result = call.result(run(call, plan))
+                # A watched call may be tried again: then it draws the same numbers.
+                with nullcontext() if call.notes is None else drawing_apart(tensors):
+                    result = call.result(run(call, plan))
             except Exception as error:
                 if interrupt := interrupt_in(error):
                     raise interrupt from None

@@ -42,8 +42,6 @@ class Notes:
 
     are_needed = False
     """Whether a mode has done something, so that it has to be in force at the next call of this kind too."""
-    drew = False
-    """Whether random numbers were drawn from torch's global generators."""
 
 
 def watched_vmap(
@@ -75,16 +73,14 @@ def watched_vmap(
             watch.remember(each)
         return function(*slices)
 
-    draws = Draws(before=watch.look_at_seed)
     try:
-        with watch, draws:
+        with watch, Draws(before=watch.look_at_seed):
             result = vmap(watched, randomness=randomness)(*tensors)
     except Exception as error:
         if watch.problem is not None and not is_transient(error):
             raise watch.problem from error
         raise
     finally:
-        notes.drew |= draws.drew
         watch.unwrap_what_is_kept()
     if watch.problem is not None:
         raise watch.problem

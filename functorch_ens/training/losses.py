@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import nullcontext
 from math import prod
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from functorch_ens.checks import (
 )
 from functorch_ens.forward.failures import is_of_vmap, is_transient
 from functorch_ens.forward.watch import Notes, watched_vmap
-from functorch_ens.rng import RandomState
+from functorch_ens.rng import RandomState, drawing_apart
 from functorch_ens.trees import take_apart
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,8 @@ class MemberLosses:
         notes = None if situation in self._unwatched else Notes()
         before = RandomState.of(tensors)
         try:
-            losses: Tensor = watched_vmap(of_one, tensors, randomness="different", notes=notes)
+            with nullcontext() if notes is None else drawing_apart(tensors):
+                losses: Tensor = watched_vmap(of_one, tensors, randomness="different", notes=notes)
         except Exception as error:
             if not is_of_vmap(error):
                 raise
@@ -179,7 +181,7 @@ class MemberLosses:
             if notes is not None and not notes.are_needed:
                 self._unwatched.add(situation)
             return losses
-        if (notes is None or notes.drew) and not before.equals(RandomState.of(tensors)):
+        if notes is None and not before.equals(RandomState.of(tensors)):
             before.restore()
         try:
             losses = _by_loop(of_one, tensors)
