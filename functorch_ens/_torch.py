@@ -57,7 +57,6 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch._C._functorch", "pop_dynamic_layer_stack_and_undo_to_depth"): _AFTER_CTRL_C,
     ("torch._C", "_len_torch_function_stack"): _AFTER_CTRL_C,
     ("torch._C", "_pop_torch_function_stack"): _AFTER_CTRL_C,
-    ("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack"): _AFTER_CTRL_C,
     ("torch.utils._python_dispatch", "_pop_mode"): _AFTER_CTRL_C,
     ("torch._C", "_DisableFuncTorch"): "a tensor that a model overwrites in its attributes may not be restored",
     ("torch.autograd.forward_ad", "_current_level"): "a forward with chunk_size has no forward-mode derivative",
@@ -66,8 +65,6 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch._C._autograd", "_saved_tensors_hooks_disable"): _NO_HOOKS,
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator"): "models that checkpoint, with torch 2.11",
     ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator_impl"): "models that checkpoint",
-    ("torch._ops", "OpOverload"): _LIBRARIES,
-    ("torch._ops", "OpOverloadPacket"): _LIBRARIES,
     ("torch.utils._python_dispatch", "_disable_current_modes"): _LIBRARIES,
     ("torch.optim.optimizer", "_global_optimizer_pre_hooks"): _WHOLE_UPDATES,
     ("torch.optim.optimizer", "_global_optimizer_post_hooks"): _WHOLE_UPDATES,
@@ -153,7 +150,8 @@ _depth = _private["torch._C._functorch", "get_dynamic_layer_stack_depth"]
 _pop_to_depth = _private["torch._C._functorch", "pop_dynamic_layer_stack_and_undo_to_depth"]
 _function_modes = _private["torch._C", "_len_torch_function_stack"]
 _pop_function_mode = _private["torch._C", "_pop_torch_function_stack"]
-_dispatch_modes = _private["torch.utils._python_dispatch", "_get_current_dispatch_mode_stack"]
+# torch itself reads this name, and those of its operators, wherever it dispatches.
+_dispatch_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", None)
 _pop_dispatch_mode = _private["torch.utils._python_dispatch", "_pop_mode"]
 
 
@@ -268,7 +266,7 @@ def wait_for_traces(error: Exception, seconds: float = 60) -> bool:
 
 
 _operators = tuple(
-    kind for name in ("OpOverload", "OpOverloadPacket") if (kind := _private["torch._ops", name]) is not None
+    kind for name in ("OpOverload", "OpOverloadPacket") if (kind := getattr(torch._ops, name, None)) is not None
 )
 
 

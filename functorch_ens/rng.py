@@ -6,6 +6,7 @@ whatever has to draw the same numbers again draws them from copies.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -118,35 +119,44 @@ class Draws(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class Drawing(Draws):
-    """This thread draws from copies of the generators in `state`; the global ones stay as they are.
+_in_use: set[bytes] = set()
+"""The tokens of every `Drawing` that a thread is in."""
 
-    An operator that takes no generator (dropout in a fused kernel) gets the global one, in the state of the copy, for
-    its one call.
+
+class Drawing(Draws):
+    """This thread draws from copies of the generators in `state`; the global ones are not advanced.
+
+    For an operator without a `generator` argument, the global generator takes the copy's state for that one call. Where
+    the model saves the state of the global generator, sets it or seeds it (`fork_rng`), the copy does the same: after
+    each draw that generator remembers a seed of ours, a token, by which a state is known again.
     """
 
-    def __init__(self, state: RandomState) -> None:
+    def __init__(self, state: RandomState, *, follow: bool = True) -> None:
+        """`follow`: whether the model may set or seed the global generator. If not, that generator is never set."""
         super().__init__()
+        self._follows = follow
         self._cpu = torch.Generator()
         self._cuda = {index: torch.Generator(f"cuda:{index}") for index in state.cuda}
         self.state = self._start = state
-        self._seen: list[tuple[Tensor, Tensor]] = []
-        """States of the global generator, each with the state that the copy had when it was left."""
-        self._marks: dict[bytes, Tensor] = {}
-        """What the global generator remembers in the place of a seed, and that seed."""
+        self._tokens: dict[bytes, Tensor] = {}
+        """The states of the copy, by what the global generator then remembered as its seed."""
 
     def __enter__(self) -> Any:
-        if _is_fresh(now := torch.get_rng_state()):
-            self._mark_seed(now)
-        self._seen = [(torch.get_rng_state(), self._start.cpu)]
+        self._outside = torch.get_rng_state()
+        self._was_set = False
+        self._token = _remembered(self._outside)
+        self._tokens = {self._token: self._start.cpu}
         return super().__enter__()
 
     def __exit__(self, *of_error: Any) -> None:
         super().__exit__(*of_error)
-        self._follow_seeds()
-        seed = self._marks.get(_remembered(torch.get_rng_state()))
-        if seed is not None:
-            _mark(seed)
+        self._follow()
+        if self._was_set:
+            with outside_transforms():
+                torch.set_rng_state(self._outside)
+        elif self._token != _remembered(self._outside) and self._token == _remembered(torch.get_rng_state()):
+            _mark(self._outside[:_SEED])
+        _in_use.difference_update(self._tokens)
 
     @property
     def state(self) -> RandomState:
@@ -161,7 +171,13 @@ class Drawing(Draws):
                 generator.set_state(state.cuda[index])
 
     def drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._follow_seeds()
+        self._follow()
+        try:
+            return self._drawn(func, args, kwargs)
+        finally:
+            self._stamp()
+
+    def _drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten.native_dropout.default and args[0].device.type == "cpu":  # as the kernel does it
             x, share = args[0], 1 - args[1]
             mask = torch.empty(x.shape, dtype=torch.bool).bernoulli_(share, generator=self._cpu)
@@ -177,34 +193,41 @@ class Drawing(Draws):
 
         Where another thread has drawn in the meantime they stay where they are now, and draw one number.
         """
-        devices = [torch.empty(0, device=f"cuda:{index}") for index in self._cuda]
-        now, (last, _) = RandomState.of(devices), self._seen[-1]
-        cuda_stayed = all(torch.equal(state, self._start.cuda[index]) for index, state in now.cuda.items())
-        if outer := _innermost():
+        outer = _innermost()
+        if outer is not None:
             outer.drew = True
-        if outer or (cuda_stayed and torch.equal(now.cpu[_SEED:], last[_SEED:])):
+            outer.state = self.state
+            outer._stamp()
+            return
+        now = RandomState.of([torch.empty(0, device=f"cuda:{index}") for index in self._cuda])
+        cuda_stayed = all(torch.equal(state, self._start.cuda[index]) for index, state in now.cuda.items())
+        if cuda_stayed and torch.equal(now.cpu, self._outside):
             self.state.restore()
         else:
             torch.rand(())
 
-    def _follow_seeds(self) -> None:
-        """Where the model has seeded the global generator, or put it back (`fork_rng`), the copy does the same."""
-        now, (last, _) = torch.get_rng_state(), self._seen[-1]
-        if torch.equal(now, last):
+    def _follow(self) -> None:
+        """Where the model has set or seeded the global generator, set the copy to match. Draws change no seed."""
+        if not self._follows:
             return
-        earlier = [mine for there, mine in self._seen[:-1] if torch.equal(there, now)]
-        if earlier or _is_fresh(now):
-            self._seen[-1] = last, self._cpu.get_state()
-            self._cpu.set_state(earlier[-1] if earlier else now)
-            if not earlier:  # so that the same seed is noticed again
-                self._mark_seed(now)
-            self._seen.append((torch.get_rng_state(), now))
+        now = torch.get_rng_state()
+        token = _remembered(now)
+        is_seeded = len(self._tokens) == 1 and not torch.equal(now, self._outside) and _is_fresh(now)
+        if (token == self._token and not is_seeded) or (token in _in_use and token not in self._tokens):
+            return  # the second: another thread draws in the same way
+        known = None if is_seeded else self._tokens.get(token)
+        self._was_set |= known is None
+        self._cpu.set_state(now if known is None else known)
+        self._stamp()
 
-    def _mark_seed(self, state: Tensor) -> None:
-        """Let the global generator remember another seed, so that the same one is noticed when it is set again."""
-        seed, other = state[:_SEED].clone(), state[:_SEED] ^ (0x55 + len(self._marks) % 100)  # another one each time
-        _mark(other)
-        self._marks[_remembered(torch.get_rng_state())] = seed
+    def _stamp(self) -> None:
+        """Let the global generator remember a new token."""
+        if not self._follows:
+            return
+        self._token = os.urandom(_SEED)
+        _in_use.add(self._token)
+        self._tokens[self._token] = self._cpu.get_state()
+        _mark(torch.tensor(list(self._token), dtype=torch.uint8))
 
     def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator | None:
         """The copy for the device of this operation; None where there is none."""
@@ -258,7 +281,7 @@ def _draws_globally(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         given = args[index] if index < len(args) else kwargs.get(argument.name, argument.default_value)
         if argument.name == "generator" and given is not None:
             return False
-        if argument.name in ("dropout_p", "dropout", "train") and (given is False or given == 0):
+        if argument.name in ("dropout_p", "dropout", "train", "training") and (given is False or given == 0):
             return False
     return True
 

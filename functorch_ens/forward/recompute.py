@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,9 @@ Result = TypeVar("Result", bound=tuple[Any, ...])
 
 
 def recomputed(
-    function: Callable[[Any], Result], argument: Any, replay: Callable[[], AbstractContextManager[None]]
+    function: Callable[[Any], Result],
+    argument: Any,
+    replay: Callable[[], AbstractContextManager[None]],
 ) -> Result:
     """`function(argument)`, from a pytree of tensors to a tuple of them; a backward pass computes it again.
 
@@ -60,11 +62,10 @@ def recomputed(
 
     @contextmanager
     def again() -> Iterator[None]:
-        with nullcontext() if drew_nothing else Drawing(before), casts(), replay():
+        with Drawing(before), casts(), replay():
             yield
 
     outputs = _Recomputed.apply(first_time, flat, again, lambda: constant, *leaves)
-    drew_nothing = before.equals(RandomState.of(leaves))  # else this thread has drawn, or another one
     result: Result = pytree.tree_unflatten(list(outputs), form)
     return result
 

@@ -36,7 +36,7 @@ def fresh_members(
     for index, seed in enumerate(
         torch.randint(MAX_SEED, (max(copies.values()),), generator=generator, device="cpu").tolist()
     ):
-        with Drawing(RandomState.seeded(seed)), torch.no_grad():
+        with Drawing(RandomState.seeded(seed), follow=False), torch.no_grad():
             drawn, untouched = draw()
         copied |= untouched
         for name, stack in stacks.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import randn
 from measure import peak_memory
 from oracle import assert_same, both_kinds, gradients
@@ -235,3 +236,37 @@ def test_forward_mode_derivatives_with_chunks() -> None:
     whole, chunked = fe.make_forward(model), fe.make_forward(model, chunk_size=2)
     second = [torch.func.hessian(lambda x, f=f: f(params, x).pow(3).sum())(x) for f in (chunked, whole)]
     assert_same(second[0], second[1])
+
+
+class _PutsBack(nn.Module):
+    """It draws the same dropout twice, so it is 0 everywhere."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 6)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        if self.way == "fork_rng":
+            with torch.random.fork_rng(devices=[]):
+                first = F.dropout(h)
+        else:
+            state = torch.get_rng_state()
+            first = F.dropout(h)
+            torch.set_rng_state(state)
+        return first - F.dropout(h)
+
+
+@pytest.mark.parametrize("way", ["fork_rng", "set_rng_state"])
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"strategy": "loop", "randomness": "same"}], ids=str)
+def test_a_model_that_puts_the_generator_back_draws_the_same_again(way: str, options: dict[str, Any]) -> None:
+    model, x = _PutsBack(way).double(), randn(5, 4)
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model, **options)
+    torch.manual_seed(1)
+    torch.rand(3)
+    for _ in range(3):
+        output = forward(params, x)
+        assert not output.any()
+        (slope,) = torch.autograd.grad(output.sum(), [params.stacked["layer.weight"]])
+        assert not slope.any()
