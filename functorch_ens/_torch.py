@@ -57,7 +57,6 @@ PRIVATE: dict[tuple[str, str], str] = {
     ("torch._C._functorch", "pop_dynamic_layer_stack_and_undo_to_depth"): _AFTER_CTRL_C,
     ("torch._C", "_len_torch_function_stack"): _AFTER_CTRL_C,
     ("torch._C", "_pop_torch_function_stack"): _AFTER_CTRL_C,
-    ("torch.utils._python_dispatch", "_pop_mode"): _AFTER_CTRL_C,
     ("torch._C", "_DisableFuncTorch"): "a tensor that a model overwrites in its attributes may not be restored",
     ("torch.autograd.forward_ad", "_current_level"): "a forward with chunk_size has no forward-mode derivative",
     ("torch._C._autograd", "_saved_tensors_hooks_get_disabled_error_message"): _NO_HOOKS,
@@ -150,9 +149,9 @@ _depth = _private["torch._C._functorch", "get_dynamic_layer_stack_depth"]
 _pop_to_depth = _private["torch._C._functorch", "pop_dynamic_layer_stack_and_undo_to_depth"]
 _function_modes = _private["torch._C", "_len_torch_function_stack"]
 _pop_function_mode = _private["torch._C", "_pop_torch_function_stack"]
-# torch itself reads this name, and those of its operators, wherever it dispatches.
+# torch itself reads these names, and those of its operators, wherever it dispatches.
+_pop_dispatch_mode = getattr(torch.utils._python_dispatch, "_pop_mode", None)
 _dispatch_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", None)
-_pop_dispatch_mode = _private["torch.utils._python_dispatch", "_pop_mode"]
 
 
 def modes_in_force() -> list[Any]:
