@@ -150,8 +150,8 @@ _pop_to_depth = _private["torch._C._functorch", "pop_dynamic_layer_stack_and_und
 _function_modes = _private["torch._C", "_len_torch_function_stack"]
 _pop_function_mode = _private["torch._C", "_pop_torch_function_stack"]
 # torch itself reads these names, and those of its operators, wherever it dispatches.
-_pop_dispatch_mode = getattr(torch.utils._python_dispatch, "_pop_mode", None)
-_dispatch_modes = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", None)
+_pop_dispatch_mode: Any = getattr(torch.utils._python_dispatch, "_pop_mode", None)
+_dispatch_modes: Any = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", None)
 
 
 def modes_in_force() -> list[Any]:
