@@ -218,16 +218,10 @@ A class goes with the last template that has it: torch makes a class of its own 
 """
 
 
-def _specialised(
-    cls: Any,
-    pure: tuple[tuple[str, Callable[..., Any]], ...],
-    layouts: tuple[tuple[str, Layout], ...],
-    rule: Rule | None,
-    side: str,
-) -> type[nn.Module]:
-    """A subclass of `cls` with the methods `pure`, whose weights in `layouts` read their `r` and `s` where given."""
-    key = id(cls), pure, layouts, rule, side  # the subclass keeps cls alive, so nothing else gets its id
-    return _made.get(key) or _made.setdefault(key, _subclass(cls, pure, layouts, rule, side))
+def _specialised(cls: Any, *options: Any) -> type[nn.Module]:
+    """`_subclass(cls, *options)`, made once as long as it is in use."""
+    key = id(cls), *options  # the subclass keeps cls alive, so nothing else gets its id
+    return _made.get(key) or _made.setdefault(key, _subclass(cls, *options))
 
 
 def _subclass(
@@ -237,6 +231,7 @@ def _subclass(
     rule: Rule | None,
     side: str,
 ) -> type[nn.Module]:
+    """A subclass of `cls` with the methods `pure`, whose weights in `layouts` read their `r` and `s` where given."""
     methods = dict(pure)
     plain = methods.get("forward", cls.forward)
 

@@ -16,6 +16,7 @@ from oracle import assert_same
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from zoo_written import Checkpointed
 
 import functorch_ens as fe
 
@@ -152,15 +153,7 @@ def test_a_model_that_calls_its_own_ensemble() -> None:
 
 
 def test_checkpoints_of_other_threads_are_computed_again() -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.layer, x, use_reentrant=False)
-
-    model, x, over = Checkpointed(), torch.ones(2, 3), threading.Event()
+    model, x, over = Checkpointed(False).eval(), torch.ones(2, 4), threading.Event()
     params, forward = fe.ensemble_params(model, 3), fe.make_forward(model)
     counts = {False: 0, True: 0}
 
