@@ -140,17 +140,21 @@ class Drawing(Draws):
         self.state = self._start = state
         self._tokens: dict[bytes, Tensor] = {}
         """The states of the copy, by what the global generator then remembered as its seed."""
+        self.was_seeded = False
+        """Whether the model has seeded the global generator before a draw."""
 
     def __enter__(self) -> Any:
         self._outside = torch.get_rng_state()
         self._was_set = False
         self._token = _remembered(self._outside)
         self._tokens = {self._token: self._start.cpu}
+        if _is_fresh(self._outside):  # else the model could set this very state, and it would not show
+            self._stamp()
         return super().__enter__()
 
     def __exit__(self, *of_error: Any) -> None:
         super().__exit__(*of_error)
-        self._follow()
+        self.follow()
         if self._was_set:
             with outside_transforms():
                 torch.set_rng_state(self._outside)
@@ -171,7 +175,7 @@ class Drawing(Draws):
                 generator.set_state(state.cuda[index])
 
     def drawn(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._follow()
+        self.follow()
         try:
             return self._drawn(func, args, kwargs)
         finally:
@@ -206,17 +210,18 @@ class Drawing(Draws):
         else:
             torch.rand(())
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
         """Where the model has set or seeded the global generator, set the copy to match. Draws change no seed."""
         if not self._follows:
             return
         now = torch.get_rng_state()
         token = _remembered(now)
-        is_seeded = len(self._tokens) == 1 and not torch.equal(now, self._outside) and _is_fresh(now)
+        is_seeded = _is_fresh(now)
         if (token == self._token and not is_seeded) or (token in _in_use and token not in self._tokens):
             return  # the second: another thread draws in the same way
         known = None if is_seeded else self._tokens.get(token)
         self._was_set |= known is None
+        self.was_seeded |= is_seeded
         self._cpu.set_state(now if known is None else known)
         self._stamp()
 
@@ -252,6 +257,14 @@ class Drawing(Draws):
 def _innermost() -> Drawing | None:
     """The innermost `Drawing` that this thread is in."""
     return next((mode for mode in reversed(modes_in_force()) if isinstance(mode, Drawing)), None)
+
+
+def was_seeded() -> bool:
+    """Whether the model has seeded the global generator since the innermost `Drawing` began. Ask before a draw."""
+    drawing = _innermost()
+    if drawing is not None:
+        drawing.follow()
+    return drawing is not None and drawing.was_seeded
 
 
 @cache
@@ -326,34 +339,6 @@ def drawing_apart(tensors: Any) -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Seeds
-
-
-class Reseeding:
-    """Whether torch's global generator has been seeded anew since this object was made, until `end`.
-
-    The state of a generator that has been seeded, and has not drawn since, follows from its seed. One that is in such a
-    state already remembers another seed in the meantime, so that the same seed is noticed too.
-    """
-
-    def __init__(self) -> None:
-        self._seed: Tensor | None = None
-        with outside_transforms():
-            if self.happened():
-                self._seed = torch.get_rng_state()[:_SEED].clone()
-                self._other = self._seed ^ 0x55
-                _mark(self._other)
-
-    def happened(self) -> bool:
-        """Whether the generator is in the state that follows from its seed. Ask before a draw."""
-        with outside_transforms():
-            return _is_fresh(torch.get_rng_state())
-
-    def end(self) -> None:
-        """Give the generator its seed back, if nothing else has seeded it."""
-        with outside_transforms():
-            if self._seed is not None and torch.equal(torch.get_rng_state()[:_SEED], self._other):
-                _mark(self._seed)
-
 
 _SEED = 8
 """The state of the CPU's generator begins with the seed that it remembers, of so many bytes."""

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from functorch_ens import _torch
 from functorch_ens._torch import pytree
 from functorch_ens.forward.failures import VmapCannot, is_transient
-from functorch_ens.rng import Draws, Reseeding
+from functorch_ens.rng import Draws, was_seeded
 
 _IN_PLACE = "whose backward pass fails"
 WRONG_UNDER_VMAP = {
@@ -167,7 +167,6 @@ class _Watch(InsideMode):
         self._randomness = randomness
         self._keep = {id(tensor) for tensor in keep}
         self._made: list[weakref.ref[Tensor]] = []
-        self._seeding = Reseeding()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,7 +203,7 @@ class _Watch(InsideMode):
 
     def look_at_seed(self) -> None:
         """Before a draw: note where the model has seeded torch's generator."""
-        if self._randomness == "different" and self.problem is None and self._seeding.happened():
+        if self._randomness == "different" and self.problem is None and was_seeded():
             self._note("it seeds torch's generator, and then every member draws the same numbers")
 
     def _read(self, func: Any, tensor: Tensor) -> Any:
@@ -243,7 +242,6 @@ class _Watch(InsideMode):
 
         A wrapper is dead after vmap: it could not be copied, saved, or computed with.
         """
-        self._seeding.end()
         alive = {id(tensor): tensor for made in self._made if (tensor := made()) is not None}
         self._made.clear()  # torch swaps no tensor that weak references point to
         for tensor in alive.values():
