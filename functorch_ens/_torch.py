@@ -4,9 +4,8 @@
 import nor any answer depends on them: a test deletes each name in a process of its own, and trains. Methods of layers
 are not in that list, because torch's own layers call them; they have tests in tests/test_torch.py.
 
-Three things have no fallback, because torch itself rests on them: the module `torch.utils._pytree`, the base class of
-modes that see every operator with its schema, and the dicts
-in which every `nn.Module` registers its parameters, buffers and hooks.
+Three things have no fallback, because torch itself rests on them: the module `torch.utils._pytree`, the class
+`TorchDispatchMode`, and the dicts in which every `nn.Module` registers its parameters, buffers and hooks.
 """
 
 from __future__ import annotations

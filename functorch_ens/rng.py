@@ -71,9 +71,9 @@ class RandomState(NamedTuple):
 
 
 class _PastTheModes(TorchFunctionMode):
-    """Calls the operators of other libraries without modes that see every operator.
+    """Leaves the dispatch modes for operators of other libraries.
 
-    One that has no derivative of its own, but a kernel that calls differentiable operators, would lose its gradient.
+    One without a derivative of its own, but with a kernel that calls differentiable operators, would lose its gradient.
     """
 
     def __torch_function__(

@@ -127,7 +127,7 @@ class Call:
         self._versions = [(name, tensor, _torch.version(tensor)) for name, tensor in given]
 
     def _known_situation(self) -> Hashable:
-        """What decides what the model does, as far as it can be known without its values; None where more may."""
+        """Key of a call: grad mode, modes, flags, shapes, constants. None where an argument is no such constant."""
         tensors = [*self.members.shared.values(), *self.members.stacked.values(), *self.members.inputs]
         constants = tuple(value for value in self._arguments.values if value is not ...)
         shapes = tuple((*x.shape, x.dtype) for x in self.members.inputs)
@@ -181,7 +181,7 @@ class Call:
         return (output, returned.buffers) if self._returns_buffers else output
 
     def again(self) -> AbstractContextManager[None]:
-        """Around members that a backward pass computes again."""
+        """Context for members that a backward pass computes again: generators of the model are put back afterwards."""
         return self._alone.again() if isinstance(self._alone, Alone) else nullcontext()
 
     def check_parameters(self) -> None:

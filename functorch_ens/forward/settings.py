@@ -19,8 +19,8 @@ _GONE = object()
 class Settings:
     """The attributes of all modules of a model as they are now, and the contents of the containers and objects in them.
 
-    Parameters, buffers and training modes are not among them: a call has its own. Nor are caches, attributes that
-    become a tensor when the model itself is called.
+    Parameters, buffers and training modes are not among them: a call has its own. An attribute that goes from absent or
+    None to a tensor, or that is now a tensor with a history, counts as a cache, and is ignored.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
@@ -80,8 +80,8 @@ class Settings:
                 differ = next(iter(_apart(list(now.items()), list(before.items()))), None)
                 if differ is not None:
                     return f"{place}.{differ}" if place else str(differ)
-                before.clear()  # so that the next look is as fast as before
-                before.update(now)
+                # So that the next look is as fast as before; caches stay out.
+                before.update({key: now[key] for key in before if not isinstance(now[key], Tensor)})
         return None
 
 
@@ -103,6 +103,10 @@ def _apart(now: list[tuple[Any, Any]], before: list[tuple[Any, Any]]) -> list[An
 
 
 def _alike(now: Any, before: Any) -> bool:
-    if now is before or (isinstance(now, Tensor) and (before is None or before is _GONE)):
+    if now is before:
         return True
+    if isinstance(now, Tensor):
+        return before is None or before is _GONE or now.grad_fn is not None
+    if isinstance(now, tuple) and isinstance(before, tuple) and len(now) == len(before):
+        return type(now) is type(before) and all(map(_alike, now, before))
     return type(now) is type(before) and isinstance(now, _SIMPLE) and (now == before or now != now)

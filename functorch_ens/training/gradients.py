@@ -167,7 +167,7 @@ class Objective:
         return _laid_out(work, {**slopes.shared, **slopes.stacked}, losses, new)
 
     def disagreement(self, got: Gradients, want: Gradients, random: bool, arguments: tuple[Any, ...]) -> str:
-        """What of `got`, compiled, is no rounding of `want`, by plain autograd; "" where nothing is.
+        """Names of gradients in which `got`, compiled, differs from `want`, eager, by more than rounding; "" if none.
 
         Where random numbers were drawn, compiled code may have drawn others. Then only a gradient that is 0 on one side
         alone is a disagreement. Deep networks amplify rounding: how much, is seen from parameters moved by a rounding.

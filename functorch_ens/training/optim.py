@@ -314,7 +314,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 @contextmanager
 def fused_kernels(optimizer: Optimizer, trained: Trained) -> Iterator[None]:
-    """Inside, `fused` is on where the user left it open; torch itself does so on a GPU only.
+    """Set `fused=True` inside where a group has `fused=None`; torch itself does so on a GPU only.
 
     Afterwards it is open again: fused kernels update wrongly by gradients of other strides, which a user's own loop may
     give to the same optimiser.

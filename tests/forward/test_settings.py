@@ -33,6 +33,7 @@ class _Net(nn.Module):
         self.mask = torch.ones(2, dtype=torch.float64)
         self.kept: Tensor | None = None
         self.history: list[Tensor] = []
+        self.sizes: tuple[Any, ...] = (2, (3,))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.drop(self.act(self.first(x))) * self.scale + self.settings["shift"]
@@ -87,11 +88,15 @@ def test_a_change_counts_in_the_next_call(name: str, strategy: str) -> None:
 
 def test_caches_are_no_changes() -> None:
     model, x = _Net().double(), randn(5, 3)
+    model(x)  # it has kept one already
     params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
     want = forward(params, x)
-    model(x)
+    for _ in range(3):
+        model(x)
+        assert_same(forward(params, x), want)
     model.eval()
     model.scale = 1.0 * len([x])  # the same number again
+    model.sizes = (2, tuple([3]))
     assert_same(forward(params, x), want)
     assert forward.revision == 0
 
