@@ -25,6 +25,8 @@ class Members(NamedTuple):
     shared: dict[str, Tensor]
     stacked: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    own: dict[str, Tensor]
+    """Without the member axis: the model's own buffers, which all members share where the caller has given none."""
     inputs: list[Tensor]
     """`[k, ...]` with `member_inputs`; otherwise every member gets the same tensors."""
 
@@ -49,6 +51,7 @@ class Members(NamedTuple):
                 self.shared,
                 {name: parts[i] for name, parts in stacked.items()},
                 {name: parts[i] for name, parts in buffers.items()},
+                self.own,
                 [parts[i] for parts in inputs],
             )
             for i in range(count)
@@ -111,7 +114,8 @@ class Call:
         if member_inputs:
             check_member_axis(inputs, E)
         self.E = E
-        self.members = Members(params.shared, params.stacked, {} if buffers is None else dict(buffers), inputs)
+        own = known.anatomy.own_buffers if buffers is None else {}
+        self.members = Members(params.shared, params.stacked, dict(buffers or {}), own, inputs)
         self.member_inputs = member_inputs
         self.modes = modes
         self.is_traced = _torch.is_traced(inputs)
@@ -122,7 +126,6 @@ class Call:
             self.notes = None if self._situation in known.unwatched else Notes()
         self._alone = nullcontext() if self.notes is None else Alone(self.notes)
         self._returns_buffers = buffers is not None
-        self._own_buffers = known.anatomy.own_buffers if buffers is None else {}
         given = [] if _torch.is_compiling() else [*params.shared.items(), *params.stacked.items()]
         self._versions = [(name, tensor, _torch.version(tensor)) for name, tensor in given]
 
@@ -145,7 +148,7 @@ class Call:
         """The output and the new buffers of one member."""
         # A forward may write to its inputs and buffers in place, so it gets copies of them.
         args, kwargs = self._arguments.rebuild(iter([x.clone() for x in one.inputs]))
-        copies = {name: buffer.clone() for name, buffer in {**self._own_buffers, **one.buffers}.items()}
+        copies = {name: buffer.clone() for name, buffer in {**one.own, **one.buffers}.items()}
         weights = {**one.shared, **one.stacked}
         templates = self._known.templates
         if self.is_traced:
@@ -165,7 +168,7 @@ class Call:
             versioned = not _torch.is_compiling()
             updated = [
                 name
-                for name in self._own_buffers
+                for name in one.own
                 if new[name] is not copies[name] or (versioned and _torch.version(copies[name]))
             ]
         tensors, form = take_apart(output, constants_only=True)

@@ -88,7 +88,7 @@ class Vmap(Plan):
             rest = iter(own)
             of_one = [dict(zip(stacks, rest, strict=False)) for stacks in (stacked, buffers)]
             inputs = list(rest) if call.member_inputs else members.inputs
-            return tuple(call.member(Members(members.shared, of_one[0], of_one[1], inputs)))
+            return tuple(call.member(Members(members.shared, of_one[0], of_one[1], members.own, inputs)))
 
         return member
 

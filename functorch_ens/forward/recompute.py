@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -59,13 +62,15 @@ def recomputed(
         return tuple(leaf.detach() for leaf in outputs)
 
     before, casts = RandomState.of(leaves), _autocasts(leaves)
+    others = [(read, read(), write) for read, write in _other_generators()]
 
     @contextmanager
     def again() -> Iterator[None]:
-        with Drawing(before), casts(), replay():
+        with Drawing(before), casts(), replay(), _from(drew):
             yield
 
     outputs = _Recomputed.apply(first_time, flat, again, lambda: constant, *leaves)
+    drew = [(read, state, write) for read, state, write in others if pickle.dumps(read()) != pickle.dumps(state)]
     result: Result = pytree.tree_unflatten(list(outputs), form)
     return result
 
@@ -125,6 +130,30 @@ class _Recomputed(torch.autograd.Function):
             raise
         results = dict(zip(wanted, found, strict=True))
         return *nothing, *(results.get(index) for index in range(len(tensors)))
+
+
+_Generator = tuple[Callable[[], Any], Any, Callable[[Any], None]]
+"""How to read the state of a generator, a state, and how to set one."""
+
+
+def _other_generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
+    """How to read and set the global generators of Python and, where it is in use, of NumPy."""
+    yield random.getstate, random.setstate
+    if numpy := sys.modules.get("numpy"):
+        yield numpy.random.get_state, numpy.random.set_state
+
+
+@contextmanager
+def _from(generators: list[_Generator]) -> Iterator[None]:
+    """These generators begin at their states, and go on afterwards from where they were."""
+    now = [(read(), write) for read, _, write in generators]
+    for _, state, write in generators:
+        write(state)
+    try:
+        yield
+    finally:
+        for own, write in now:
+            write(own)
 
 
 def _autocasts(tensors: list[Tensor]) -> Callable[[], AbstractContextManager[Any]]:

@@ -19,7 +19,7 @@ def run(call: Call, plan: Plan) -> Returned:
     if size is None or size >= call.E:
         return plan.compute(call, everything)
     # Clone the buffers: backward recomputes from them, and the caller may have overwritten them by then.
-    everything = everything._replace(buffers={name: buffer.clone() for name, buffer in everything.buffers.items()})
+    everything = everything._replace(buffers=_cloned(everything.buffers), own=_cloned(everything.own))
     chunks = everything.split(size, call.member_inputs)
     parts = Parts(plan.randomness, chunks[0])
     returned = []
@@ -27,6 +27,10 @@ def run(call: Call, plan: Plan) -> Returned:
         with parts.part(last=index == len(chunks) - 1):
             returned.append(recomputed(lambda chunk: plan.compute(call, chunk), chunk, call.again))
     return combined(returned, _join, torch.cat)
+
+
+def _cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _join(parts: list[Any]) -> Any:

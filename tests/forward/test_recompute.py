@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ from measure import peak_memory
 from oracle import assert_same, both_kinds, gradients
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
+from torch.utils import _pytree as pytree
 
 import functorch_ens as fe
 
@@ -270,3 +274,59 @@ def test_a_model_that_puts_the_generator_back_draws_the_same_again(way: str, opt
         assert not output.any()
         (slope,) = torch.autograd.grad(output.sum(), [params.stacked["layer.weight"]])
         assert not slope.any()
+
+
+class _Masked(nn.Module):
+    """It drops inputs by the numbers of a generator outside of torch, and scales by a buffer of its own."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.draw = draw
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer((x * self.scale * self.draw()).tanh())
+
+
+GENERATORS = {"Python": (random.seed, lambda: random.random()), "NumPy": (np.random.seed, lambda: np.random.random())}
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("way", ["autograd", "torch.func"])
+@pytest.mark.parametrize("name", GENERATORS)
+def test_what_the_generators_outside_of_torch_gave_is_given_again(name: str, way: str, strategy: str) -> None:
+    seed, draw = GENERATORS[name]
+    model, x = _Masked(draw).double(), randn(5, 3)
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model, strategy=strategy, chunk_size=1)
+    seed(7)
+    given = [draw() for _ in range(3)]
+    after = draw()
+    leaves = pytree.tree_leaves(params)
+    wanted = torch.autograd.grad(sum(_own_loss(params, i, x * given[i]) for i in range(3)), leaves)
+    seed(7)
+
+    def loss(params: fe.EnsembleParams) -> Tensor:
+        return forward(params, x).square().sum()
+
+    got = torch.autograd.grad(loss(params), leaves) if way == "autograd" else pytree.tree_leaves(grad(loss)(params))
+    assert draw() == after  # backward has left the generator where the forward left it
+    assert_same(list(got), list(wanted))
+
+
+def _own_loss(params: fe.EnsembleParams, i: int, x: Tensor) -> Tensor:
+    return F.linear(x.tanh(), params.stacked["layer.weight"][i], params.stacked["layer.bias"][i]).square().sum()
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_own_buffers_that_change_before_backward_change_no_gradient(strategy: str) -> None:
+    model, x = _Masked(lambda: 1.0).double(), randn(5, 3)
+    params = fe.ensemble_params(model, 4)
+    leaves = pytree.tree_leaves(params)
+    found = []
+    for chunk in (None, 2):
+        model.scale.fill_(2.0)
+        loss = fe.make_forward(model, strategy=strategy, chunk_size=chunk)(params, x).square().mean()
+        model.scale.add_(5.0)
+        found.append(torch.autograd.grad(loss, leaves))
+    assert_same(*found)
