@@ -12,7 +12,8 @@ from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.params.stack import member_params, stack_buffers, stack_params
 from functorch_ens.training.batches import bootstrap, index_batches
 from functorch_ens.training.checkpoint import load_checkpoint, save_checkpoint
-from functorch_ens.training.fit import Fitted, fit
+from functorch_ens.training.epochs import Fitted
+from functorch_ens.training.fit import fit
 from functorch_ens.training.gradients import Gradients
 from functorch_ens.training.losses import cross_entropy, member_losses
 from functorch_ens.training.optim import param_groups

@@ -356,6 +356,11 @@ def hooks_of(tensor: Tensor) -> list[Callable[[Tensor], Any]]:
     return list((getattr(tensor, "_backward_hooks", None) or {}).values())
 
 
+def any_has_hooks(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of `tensors` has hooks on its gradient, asked fast."""
+    return any(getattr(tensor, "_backward_hooks", None) for tensor in tensors)
+
+
 def has_late_hooks(tensor: Tensor) -> bool:
     """Whether hooks run after a gradient is accumulated in `tensor.grad`. Fallback: False."""
     return bool(getattr(tensor, "_post_accumulate_grad_hooks", None))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -59,9 +60,24 @@ def contents(value: Any) -> list[Any]:
         return list(value)
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, _OPAQUE):
-        return []
-    return list(getattr(value, "__dict__", {}).values())
+    return list((attributes(value) or {}).values())
+
+
+def attributes(value: Any) -> dict[str, Any] | None:
+    """The attributes of a plain object, in its `__dict__` and in slots; None for what has neither, or is opaque."""
+    cls: type = type(value)
+    bases = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]
+    slots = [name for base in bases for name, slot in base.items() if isinstance(slot, MemberDescriptorType)]
+    if isinstance(value, _OPAQUE) or not (slots or hasattr(value, "__dict__")):
+        return None
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**getattr(value, "__dict__", {}), **found}
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array of NumPy."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:

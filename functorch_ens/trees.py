@@ -107,3 +107,11 @@ def _with_fields(cls: Any, values: dict[str, Any]) -> Any:
     for name, value in values.items():
         object.__setattr__(made, name, value)  # also where the dataclass is frozen
     return made
+
+
+def length_of(batches: Any) -> int | None:
+    """The number of batches; None where nobody knows: a DataLoader over an IterableDataset has a len() that raises."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None

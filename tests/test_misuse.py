@@ -403,6 +403,7 @@ _row(
     user=("kwargs",),
     batch_size=("3",),
     prepare=(*_OPTIONAL, "~module"),
+    progress=("None", "True"),
     params=_COMPLEX,
     buffers=_COMPLEX,
     inputs=("as one row less", *(f"~{kind}" for kind in (*_TENSORS, *_CHANGED))),

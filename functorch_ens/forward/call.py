@@ -90,10 +90,16 @@ class Known:
     anatomy: Anatomy
     templates: Templates
     settings: Settings
+    written: set[str]
+    """The names of what the model writes to in its own forward, besides buffers, as far as calls have shown."""
     takes_any_size: bool
     """Whether every layer is the same graph for any batch size under vmap."""
     unwatched: set[Hashable]
     """The kinds of calls in which the watch had nothing to do."""
+
+    def changed(self) -> str | None:
+        """The name of a setting of the model that is not as the forward knows it; None where there is none."""
+        return self.settings.changed(self.written)
 
 
 class Call:
@@ -157,7 +163,8 @@ class Call:
             template = templates.take()
             try:
                 with self._alone:
-                    output, new = template(self.modes, weights, copies, args, kwargs)
+                    written = None if self.notes is None else self._known.written
+                    output, new = template(self.modes, weights, copies, args, kwargs, written)
             except Exception:
                 templates.idle.append(template)
                 raise

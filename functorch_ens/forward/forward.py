@@ -99,6 +99,7 @@ class Forward:
         self._is_free = strategy == "auto"
         self._lock = threading.Lock()
         self.revision = 0
+        self._told: set[str] = set()
         self._build()
 
     def _build(self) -> None:
@@ -109,7 +110,7 @@ class Forward:
         norms = anatomy.instances(RUNNING_NORM).items()
         self._norms = [(anatomy.written.index(norm), name, norm) for name, norm in norms]
         templates, settings = Templates(anatomy, rank1_side), Settings(anatomy)
-        self._known = Known(anatomy, templates, settings, takes_any_size(anatomy), set())
+        self._known = Known(anatomy, templates, settings, set(), takes_any_size(anatomy), set())
         self._may_be_wrong = may_be_wrong(anatomy.modules.values())
         self._has_computed = False
         found = obstacle(anatomy)
@@ -118,14 +119,35 @@ class Forward:
 
     def refresh(self) -> None:
         """Where the user has changed the model since, look at it anew, and raise `revision`."""
-        changed = self._known.settings.changed()
+        changed = self._known.changed()
         if changed is None:
             return
         with self._lock:
-            if self._known.settings.changed() is not None:  # else another thread has come first
-                log.info("%s: %s has changed, so the forward is made anew", self._anatomy.kind, changed)
-                self._build()
-                self.revision += 1
+            if self._known.changed() is None:  # another thread has come first
+                return
+            self._build()
+            self.revision += 1
+        level = logging.WARNING if self.revision == 2 else logging.INFO
+        log.log(
+            level,
+            "%s: %s has changed, so the forward is made anew, for the %s time; a compiled step is compiled anew too. "
+            "What changes often costs less as an input or in a buffer",
+            self._anatomy.kind,
+            changed,
+            {1: "1st", 2: "2nd", 3: "3rd"}.get(self.revision, f"{self.revision}th"),
+        )
+
+    def tell_kept(self) -> None:
+        """Warn, once, of tensors that the model has now where it had none, and that this forward does not see."""
+        kept = self._known.settings.kept - self._known.written - self._told
+        if kept:
+            self._told |= kept
+            log.warning(
+                "%s: %s is a tensor now and was none when the forward was made. It is taken for a cache, which the "
+                "forward does not see; make a new forward if the model is to compute with it",
+                self._anatomy.kind,
+                ", ".join(sorted(kept)),
+            )
 
     @property
     def plan(self) -> Plan:
@@ -189,9 +211,13 @@ class Forward:
         return Forward, self._options
 
     def modes(self, *, training: bool | None = None) -> Modes:
-        """Which modules of the model are in training mode: all, none, or (None) those that are now."""
+        """Which modules of the model are in training mode: those that are now, or after `train()` or `eval()`."""
         if training is not None:
-            return (training,) * len(self._anatomy.written)
+            plain = all(
+                type(module).train is nn.Module.train and type(module).eval is nn.Module.eval
+                for module in self._anatomy.written
+            )
+            return (training,) * len(self._anatomy.written) if plain else self._known.templates.modes(training)
         return tuple([module.training for module in self._anatomy.written])
 
     def put_back(self, modes: Modes) -> None:
@@ -260,6 +286,8 @@ class Forward:
                 self._settle(plans, index, failure)
             call.end_watch()
             self._has_computed = True
+            if self._known.settings.kept:
+                self.tell_kept()
             return result
         raise AssertionError("the loop over plans returns or raises")
 

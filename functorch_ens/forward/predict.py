@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from einops import repeat
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from functorch_ens._torch import pytree
-from functorch_ens.checks import advice, check_callable, check_positive_int, check_tensor, shown
+from functorch_ens.checks import advice, check_bool, check_callable, check_positive_int, check_tensor, shown
 from functorch_ens.forward.forward import Forward
 from functorch_ens.params.pytree import EnsembleParams
-from functorch_ens.trees import Form, cut_rows, take_apart
+from functorch_ens.trees import Form, cut_rows, length_of, take_apart
 
 
 def predict(
@@ -23,6 +24,7 @@ def predict(
     buffers: Mapping[str, Tensor] | None = None,
     batch_size: int = 256,
     prepare: Callable[..., Any] | None = None,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Compute every member's output for all of `inputs`, in eval mode and without gradients, in batches.
@@ -41,6 +43,7 @@ def predict(
         buffers: the buffers of the ensemble, `{name: [E, ...]}`; they are only read.
         batch_size: the number of rows of tensors that go through the model at once; a DataLoader has its own.
         prepare: `prepare(*batch)`, of all that is in the batch, returns the model's input, or a tuple of its inputs.
+        progress: show a bar. None: at a terminal, once it has taken a second.
         kwargs: keyword arguments of the model. A tensor with N rows, also in a dict or a tuple, is cut along with
             tensors (with `member_inputs=True` also one `[E, N, ...]`); all else is given with every batch.
 
@@ -53,16 +56,21 @@ def predict(
     if not isinstance(forward, Forward):
         raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {shown(forward)}")
     forward.refresh()
+    if progress is not None:
+        check_bool(progress, "progress", or_else="or None")
     E = forward.check(params, buffers, forward.modes())  # a model in training mode was trained with buffers
     forward.check_kinds(params, buffers)
     are_batches = len(inputs) == 1 and isinstance(inputs[0], Iterable) and not isinstance(inputs[0], _NOT_BATCHES)
     if prepare is not None:
         check_callable(prepare, "prepare", "a function of the batch", None if are_batches else ["input"] * len(inputs))
-    work = (
+    pieces = (
         _of_batches(inputs[0], prepare, kwargs, forward, E)
         if are_batches
         else _of_rows(inputs, prepare, kwargs, size, forward, E)
     )
+    count = length_of(inputs[0]) if are_batches else -(-len(take_apart(inputs)[0][0]) // size)
+    hidden = {"disable": True} if progress is False else {"disable": None, "delay": 1} if progress is None else {}
+    work = tqdm(pieces, total=count, desc="predict", unit="batch", leave=False, **hidden)
     parts: list[list[Tensor]] = []
     forms: list[Form] = []
     with torch.no_grad():

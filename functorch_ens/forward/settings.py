@@ -3,110 +3,198 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator, Set
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
-from functorch_ens.copies import INTERNAL, contents
+from functorch_ens.copies import INTERNAL, attributes, contents, is_array
 
 _SIMPLE = (bool, int, float, complex, str, bytes)
 _GONE = object()
+_LEFT_OUT = ("training", "_parameters", "_buffers")
+
+
+class _Place(NamedTuple):
+    """Something that holds settings."""
+
+    name: str
+    """As in `layer.options`."""
+    source: Any
+    read: Callable[[Any], dict[Any, Any]]
+    """What `source` holds now, by keys."""
+    before: dict[Any, Any]
+    """What it held at first."""
+    named: Callable[[str, Any, bool], str]
+    """The name of one key of the place; the flag says whether the key is new."""
 
 
 class Settings:
     """The attributes of all modules of a model as they are now, and the contents of the containers and objects in them.
 
-    Parameters, buffers and training modes are not among them: a call has its own. An attribute that goes from absent or
-    None to a tensor, or that is now a tensor with a history, counts as a cache, and is ignored.
+    Parameters, buffers and training modes are not among them, for a call has its own; but their names are.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
-        self._classes = [(name, module, type(module)) for name, module in anatomy.modules.items()]
-        self._places: list[tuple[str, Any, Any]] = []
-        """Names of a dict or list that the model reads, itself, and a copy of it."""
+        self._places: list[_Place] = []
         self._empty: dict[str, Any] = {}
-        """The dicts in which hooks would be."""
-        self._tensors: list[tuple[str, Tensor, int]] = []
+        """The dicts that every module has, of hooks, tensors and submodules, where they are empty."""
+        self._unhooked = {}
+        """The parameters without hooks on their gradients."""
         self.constants: list[tuple[str, nn.Module, str, Any]] = []
         """The numbers and texts in attributes of modules: the names, the module, the attribute, the value."""
-        seen: set[int] = set()
+        self.kept: set[str] = set()
+        """The tensors that `changed` has last found where none were, and that the model itself does not put there."""
+        self._seen = {id(module) for module in anatomy.modules.values()}
         for name, module in anatomy.modules.items():
-            state = vars(module)
-            self._places.append((name, state, dict(state)))
-            for key, value in state.items():
-                place = f"{name}.{key}" if name else key
-                if key in INTERNAL and "hooks" in key and not value:
-                    self._empty[place] = value
-                elif key == "_modules" or (key in INTERNAL and "hooks" in key):
-                    self._places.append((place, value, dict(value)))
-                elif key not in INTERNAL:
-                    self._remember(place, value, seen)
-                    if isinstance(value, _SIMPLE):
-                        self.constants.append((place, module, key, value))
+            self._remember_module(name, module)
+        for name, parameter in anatomy.parameters.items():
+            if _torch.hooks_of(parameter):
+                self._add(name, parameter, _hooks, _whole)
+            else:
+                self._unhooked[name] = parameter
 
-    def _remember(self, place: str, value: Any, seen: set[int]) -> None:
-        if id(value) in seen or isinstance(value, nn.Module):
+    def _add(
+        self, name: str, source: Any, read: Callable[[Any], dict[Any, Any]], named: Callable[[str, Any, bool], str]
+    ) -> None:
+        self._places.append(_Place(name, source, read, dict(read(source)), named))
+
+    def _remember_module(self, name: str, module: nn.Module) -> None:
+        self._add(name or type(module).__name__, module, _class, _whole)
+        self._add(name, module, vars, _attribute)
+        for key, value in vars(module).items():
+            place = f"{name}.{key}" if name else key
+            if key not in INTERNAL:
+                self._remember(place, value)
+                if isinstance(value, _SIMPLE):
+                    self.constants.append((place, module, key, value))
+            elif isinstance(value, dict) and not value:
+                self._empty[place] = value
+            elif key in ("_parameters", "_buffers"):
+                self._add(name, value, _presence, _attribute)
+            elif isinstance(value, dict):
+                self._add(name if key == "_modules" else place, value, dict, _attribute)
+
+    def _remember(self, place: str, value: Any) -> None:
+        if value is None or isinstance(value, _SIMPLE) or id(value) in self._seen:
             return
-        seen.add(id(value))
+        self._seen.add(id(value))
+        if isinstance(value, nn.Module):  # one that is not registered: all that it has is a constant
+            self._remember_module(place, value)
+            of_it = [*_torch.parameters_of(value).items(), *_torch.buffers_of(value).items(), *value.named_children()]
+            for key, item in of_it:
+                self._remember(f"{place}.{key}", item)
+            return
         if isinstance(value, Tensor):
-            self._tensors.append((place, value, _torch.version(value)))
+            self._add(place, value, _version, _whole)
         elif isinstance(value, dict):
-            self._places.append((place, value, dict(value)))
+            self._add(place, value, dict, _item)
         elif isinstance(value, list | deque):
-            self._places.append((place, value, list(value)))
-        elif hasattr(value, "__dict__") and contents(value):
-            self._places.append((place, vars(value), dict(vars(value))))
+            self._add(place, value, _numbered, _whole)
+        elif isinstance(value, set):
+            self._add(place, value, _itself, _whole)
+        elif is_array(value):
+            self._add(place, value, _bytes, _whole)
+        elif attributes(value) is not None:
+            self._add(place, value, _fields, _attribute)
         for item in contents(value):
-            self._remember(place, item, seen)
+            self._remember(place, item)
 
-    def changed(self) -> str | None:
-        """The name of something that has changed; None where nothing has."""
-        for name, module, cls in self._classes:
-            if type(module) is not cls:
-                return name or cls.__name__
+    def differences(self) -> Iterator[tuple[str, Any, Any]]:
+        """What is not as it was: its name, what is there now, what was there."""
         if any(self._empty.values()):
-            return next(place for place, hooks in self._empty.items() if hooks)
-        for place, tensor, version in self._tensors:
-            if _torch.version(tensor) != version:
-                return place
-        for place, now, before in self._places:
-            if isinstance(before, list):
-                if _apart(list(enumerate(_without_caches(now))), list(enumerate(_without_caches(before)))):
-                    return place
-            elif not (len(now) == len(before) and all(map(is_, now.values(), before.values()))):
-                differ = next(iter(_apart(list(now.items()), list(before.items()))), None)
-                if differ is not None:
-                    return f"{place}.{differ}" if place else str(differ)
-                # So that the next look is as fast as before; caches stay out.
-                before.update({key: now[key] for key in before if not isinstance(now[key], Tensor)})
+            yield from ((place, values, _GONE) for place, values in self._empty.items() if values)
+        if _torch.any_has_hooks(self._unhooked.values()):
+            hooks = {name: _torch.hooks_of(parameter) for name, parameter in self._unhooked.items()}
+            yield from ((name, found, _GONE) for name, found in hooks.items() if found)
+        for name, source, read, before, named in self._places:
+            now = source if read is dict else read(source)
+            if len(now) == len(before) and all(map(is_, now.values(), before.values())):
+                continue
+            now = dict(now)
+            for key in {**before, **now}:
+                this, that = now.get(key, _GONE), before.get(key, _GONE)
+                if this is that or (read is vars and key in _LEFT_OUT):
+                    continue
+                if _equal(this, that):
+                    before[key] = this  # so that the next look is as fast as before
+                else:
+                    yield named(name, key, that is _GONE), this, that
+
+    def changed(self, written: Set[str]) -> str | None:
+        """The name of a setting that has changed; None where none has.
+
+        Args:
+            written: the names of what the model writes to in its own forward: caches, counters. Each call begins with
+                what they were when the forward was made, so they are no settings.
+        """
+        kept = set()
+        for name, now, before in self.differences():
+            if name in written:
+                continue
+            if not isinstance(now, Tensor) or not (before is None or before is _GONE or now.grad_fn is not None):
+                return name
+            kept.add(name)  # a cache, most likely
+        self.kept = kept
         return None
 
 
-_LEFT_OUT = ("_parameters", "_buffers")
-
-
-def _without_caches(items: Any) -> list[Any]:
-    return [item for item in items if not isinstance(item, Tensor)]
-
-
-def _apart(now: list[tuple[Any, Any]], before: list[tuple[Any, Any]]) -> list[Any]:
-    """The keys of what differs."""
-    these, those = dict(now), dict(before)
-    return [
-        key
-        for key in {**those, **these}
-        if key not in ("training", *_LEFT_OUT) and not _alike(these.get(key, _GONE), those.get(key, _GONE))
-    ]
-
-
-def _alike(now: Any, before: Any) -> bool:
+def _equal(now: Any, before: Any) -> bool:
     if now is before:
         return True
-    if isinstance(now, Tensor):
-        return before is None or before is _GONE or now.grad_fn is not None
     if isinstance(now, tuple) and isinstance(before, tuple) and len(now) == len(before):
-        return type(now) is type(before) and all(map(_alike, now, before))
+        return type(now) is type(before) and all(map(_equal, now, before))
     return type(now) is type(before) and isinstance(now, _SIMPLE) and (now == before or now != now)
+
+
+# What a place holds, by the kind of its source.
+
+
+def _class(module: nn.Module) -> dict[Any, Any]:
+    return {None: type(module)}
+
+
+def _presence(registry: dict[str, Any]) -> dict[Any, Any]:
+    return {key: tensor is not None for key, tensor in registry.items()}
+
+
+def _hooks(parameter: Tensor) -> dict[Any, Any]:
+    return dict(enumerate(_torch.hooks_of(parameter)))
+
+
+def _version(tensor: Tensor) -> dict[Any, Any]:
+    return {None: _torch.version(tensor)}
+
+
+def _numbered(items: Any) -> dict[Any, Any]:
+    return dict(enumerate(items))
+
+
+def _itself(items: set[Any]) -> dict[Any, Any]:
+    return {item: item for item in items}
+
+
+def _bytes(array: Any) -> dict[Any, Any]:
+    return {None: array.tobytes()}
+
+
+def _fields(value: Any) -> dict[Any, Any]:
+    return attributes(value) or {}
+
+
+# The name of a key in a place.
+
+
+def _whole(place: str, key: Any, is_new: bool) -> str:
+    return place
+
+
+def _attribute(place: str, key: Any, is_new: bool) -> str:
+    return f"{place}.{key}" if place else str(key)
+
+
+def _item(place: str, key: Any, is_new: bool) -> str:
+    return place if is_new else f"{place}.{key}"

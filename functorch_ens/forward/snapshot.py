@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from functorch_ens import _torch
-from functorch_ens.copies import INTERNAL, contents
+from functorch_ens.copies import INTERNAL, attributes, contents, is_array
 
 # An older Dynamo cannot trace the `__dict__` of a module.
 TRACES_DICT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
@@ -28,6 +28,8 @@ class Snapshot:
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._lists: list[tuple[list[Any] | deque[Any], list[Any]]] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
+        self._slotted: list[tuple[Any, dict[str, Any]]] = []
+        self._arrays: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, int]] = []
         owned = owned - {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
         for module in model.modules():
@@ -50,8 +52,12 @@ class Snapshot:
             self._lists.append((value, list(value)))
         elif isinstance(value, set):
             self._sets.append((value, set(value)))
-        elif hasattr(value, "__dict__"):
-            self._dicts.append((vars(value), dict(vars(value))))
+        elif is_array(value):
+            self._arrays.append((value, value.copy()))
+        elif (found := attributes(value)) is not None:
+            own = getattr(value, "__dict__", {})
+            self._dicts.append((own, dict(own)))
+            self._slotted.append((value, {name: kept for name, kept in found.items() if name not in own}))
         for item in contents(value):
             self._remember(item, owned)
 
@@ -69,7 +75,14 @@ class Snapshot:
             if members != kept:
                 members.clear()
                 members.update(kept)
-        if not _torch.is_compiling():  # Dynamo cannot read a version counter
+        for holder, slots in self._slotted:
+            for name, value in slots.items():
+                if getattr(holder, name, None) is not value:
+                    setattr(holder, name, value)
+        if not _torch.is_compiling():  # Dynamo cannot read a version counter, nor the memory of an array
+            for array, saved in self._arrays:
+                if array.tobytes() != saved.tobytes():
+                    array[...] = saved
             for tensor, value, version in self._tensors:
                 if _torch.version(tensor) != version:
                     _write(tensor, value)
@@ -77,13 +90,13 @@ class Snapshot:
         if compiling and not TRACES_DICT:
             self._reassign()
             return
-        for module, attributes, own in self._modules:
+        for module, everything, own in self._modules:
             state = module.__dict__
-            for name, value in (own if compiling else attributes).items():
+            for name, value in (own if compiling else everything).items():
                 if name not in state or state[name] is not value:
                     setattr(module, name, value)
-            if len(state) > len(attributes) + 1:  # `training` is the one more
-                for name in [name for name in state if name not in attributes and name != "training"]:
+            if len(state) > len(everything) + 1:  # `training` is the one more
+                for name in [name for name in state if name not in everything and name != "training"]:
                     delattr(module, name)
 
     def _reassign(self) -> None:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy, Layout, Site, rank1_names
 from functorch_ens.copies import check_replaceable, copy_structure
+from functorch_ens.forward.settings import Settings
 from functorch_ens.forward.snapshot import Snapshot
 from functorch_ens.layers.registry import specialise
 from functorch_ens.layers.weight import Rank1
@@ -47,6 +48,7 @@ class Template:
         self._layouts = anatomy.layouts
         self._hooks = {name: hooks for name, tensor in anatomy.parameters.items() if (hooks := _torch.hooks_of(tensor))}
         self._pristine = Snapshot(self._module, {id(value) for value in memo.values()})
+        self._settings = Settings(blank)
 
     def __call__(
         self,
@@ -55,8 +57,12 @@ class Template:
         buffers: Mapping[str, Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        written: set[str] | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The output of one member, and its new buffers. The forward may write to `buffers` in place."""
+        """The output of one member, and its new buffers. The forward may write to `buffers` in place.
+
+        The names of what else it writes to (caches, counters) are added to `written`.
+        """
         compiling = _torch.is_compiling()
         for own, mode in zip(self._modules, modes, strict=True):
             if compiling or own.training is not mode:  # Dynamo would guard on a value that is read
@@ -70,9 +76,20 @@ class Template:
             else:
                 output = _torch.past_checkpoints(functional_call, self._module, given, args, kwargs, tie_weights=False)
         finally:
+            if written is not None:
+                written.update(name for name, _, _ in self._settings.differences())
             self._pristine.restore()
         # Where the forward assigned a new tensor to a buffer, functional_call has put that into the dict.
         return output, {name: given[name] for name in buffers}
+
+    def modes(self, training: bool) -> tuple[Modes, list[str]]:
+        """The modes after `model.train()` or `model.eval()`, and the names of what else the model sets in it."""
+        try:
+            self._module.train() if training else self._module.eval()
+            modes = tuple([module.training for module in self._modules])
+            return modes, [name for name, _, _ in self._settings.differences()]
+        finally:
+            self._pristine.restore()
 
     def _hooked(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of one member, with the model's hooks on the gradients of its weights.
@@ -121,6 +138,8 @@ class Templates:
         self._make = torch.inference_mode(False)(partial(Template, anatomy, side))  # for calls outside of it too
         self.traced = self._make()
         self.idle: deque[Template] = deque()
+        self._kind = anatomy.kind
+        self._told: set[bool] = set()
         late = [name for name, tensor in anatomy.parameters.items() if _torch.has_late_hooks(tensor)]
         if late:
             log.warning("%s: hooks that run after the gradients of %s are accumulated do not run", anatomy.kind, late)
@@ -131,6 +150,21 @@ class Templates:
             return self.idle.pop()
         except IndexError:
             return self._make()
+
+    def modes(self, training: bool) -> Modes:
+        """The modes of all modules after `model.train()` or `model.eval()`, which is tried on a template."""
+        template = self.take()
+        modes, others = template.modes(training)
+        self.idle.append(template)
+        if others and training not in self._told:
+            self._told.add(training)
+            log.warning(
+                "%s: its own %s() also sets %s, which is left out, for the model is only read; call it yourself before",
+                self._kind,
+                "train" if training else "eval",
+                ", ".join(others),
+            )
+        return modes
 
     def name_of(self, module: Any) -> str | None:
         """The qualified name of `module`, where it is part of a template that is at rest; else None."""

@@ -261,7 +261,9 @@ class TrainStep:
         """The objective, compiled where that is asked for."""
         if self._options is None:
             return self._objective(E, work, prepared)
-        if self._compiled is None:
+        if self._compiled is not None:
+            self.forward.tell_kept()  # an eager call does that itself, and the first one is eager too
+        else:
             from functorch_ens._compile import Compiled  # not at the top: it imports torch's compiler
 
             self._compiled = Compiled(

@@ -92,6 +92,36 @@ def test_a_dataclass_is_put_together_and_what_has_no_row_for_each_input_is_refus
             fe.predict(forward, params, x, batch_size=4)
 
 
+class _OwnModes(nn.Sequential):
+    """One of its layers stays in training mode (Monte Carlo dropout); with `flag`, its eval sets one of its own."""
+
+    flag: bool | None = None
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self[1].train()
+        if self.flag is not None:
+            self.flag = mode
+        return self
+
+
+def test_a_model_says_itself_what_eval_mode_is(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = _OwnModes(nn.Linear(3, 4), nn.Dropout(0.5), nn.Dropout(0.5), nn.Linear(4, 2)).double(), randn(50, 3)
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model)
+    torch.manual_seed(0)
+    got = fe.predict(forward, params, x)
+    assert all(module.training for module in model.modules())
+    model.eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert_same(got, forward(params, x))
+    assert not caplog.records or "also sets" not in caplog.text
+    model.flag = True
+    for _ in range(2):
+        fe.predict(forward, params, x)
+    assert caplog.text.count("its own eval() also sets flag") == 1
+
+
 def test_an_error_leaves_the_mode_as_it_was() -> None:
     model = _net().train()
     params, buffers = fe.ensemble_params(model, 2), fe.ensemble_buffers(model, 2)
@@ -185,3 +215,18 @@ def test_bad_arguments() -> None:
         fe.predict(forward, params, randn(4, 3), batch_size=0)
     with pytest.raises(TypeError, match="forward: expected the forward of an ensemble"):
         fe.predict(model, params, randn(4, 3))  # type: ignore[arg-type]  # that is the test
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_the_progress_bar(progress: bool | None, capfd: pytest.CaptureFixture[str]) -> None:
+    model, x = nn.Linear(3, 2).double(), randn(7, 3)
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+    want = fe.predict(forward, params, x)
+    for given, total in ((x, 4), (DataLoader(TensorDataset(x), batch_size=2), 4), (iter(x.split(2)), None)):
+        capfd.readouterr()
+        assert_same(fe.predict(forward, params, given, batch_size=2, progress=progress), want)
+        shown = capfd.readouterr().err
+        if progress:
+            assert "predict" in shown and (total is None or f"0/{total}" in shown)
+        else:
+            assert not shown

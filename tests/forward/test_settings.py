@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import randn
-from oracle import assert_same, loop
+from oracle import assert_same, gradients, loop
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
 
 
+@dataclass(slots=True)
+class _Slotted:
+    gain: float = 1.0
+
+
 class _Net(nn.Module):
     """It reads numbers from all kinds of places."""
+
+    offset: Tensor
+    late_offset: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,12 +44,29 @@ class _Net(nn.Module):
         self.kept: Tensor | None = None
         self.history: list[Tensor] = []
         self.sizes: tuple[Any, ...] = (2, (3,))
+        self.masks = [torch.ones(2, dtype=torch.float64)]
+        self.named_masks = {"a": torch.ones(2, dtype=torch.float64)}
+        self.flags = {"plain"}
+        self.table = np.ones(2)
+        self.slotted = _Slotted()
+        self.loose: list[Any] = [nn.Linear(2, 2).double().requires_grad_(False), nn.LeakyReLU(0.5)]  # not registered
+        self.register_buffer("offset", torch.ones(2, dtype=torch.float64))
+        self.register_buffer("late_offset", None)
+        self.calls = 0
+        self.losses: list[float] = []
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.drop(self.act(self.first(x))) * self.scale + self.settings["shift"]
         self.kept = h
         self.history.append(h.detach())
-        return self.last(h) ** self.options.power * self.gains[1] * self.mask * getattr(self, "late", 1.0)
+        self.calls += 1
+        self.losses.append(float(self.calls))
+        out = self.last(h) ** self.options.power * self.gains[1] * self.mask * getattr(self, "late", 1.0)
+        out = out * self.masks[-1] * self.named_masks["a"] * torch.as_tensor(self.table) * self.slotted.gain
+        out = self.loose[1](self.loose[0](out)) * (3 if "strong" in self.flags else 1)
+        for offset in (self.offset, self.late_offset):
+            out = out if offset is None else out + offset
+        return out
 
 
 def _set(path: str, value: Any) -> Callable[[_Net], None]:
@@ -64,6 +91,18 @@ CHANGES: dict[str, Callable[[_Net], Any]] = {
     "a constant tensor": _set("mask", torch.tensor([1.0, 3.0], dtype=torch.float64)),
     "a constant tensor in place": lambda model: model.mask.mul_(5),
     "a hook": lambda model: model.first.register_forward_hook(lambda module, args, output: output * 3),
+    "a tensor in a list": lambda model: model.masks.__setitem__(0, torch.full((2,), 3.0, dtype=torch.float64)),
+    "a tensor in a dict": lambda model: model.named_masks.update(a=torch.full((2,), 3.0, dtype=torch.float64)),
+    "in a set": lambda model: model.flags.add("strong"),
+    "another in a set": lambda model: model.flags.symmetric_difference_update(("plain", "strong")),
+    "an array in place": lambda model: model.table.__imul__(3),
+    "in a slot": _set("slotted.gain", 2.0),
+    "on a module that is not registered": lambda model: setattr(model.loose[1], "negative_slope", 3.0),
+    "a tensor of such a module": lambda model: model.loose[0].weight.mul_(2),
+    "such a module": lambda model: model.loose.__setitem__(1, nn.Tanh()),
+    "a buffer where none was": _set("late_offset", torch.ones(2, dtype=torch.float64)),
+    "a buffer in place": lambda model: model.offset.add_(1),
+    "a buffer that is gone": _set("offset", None),
     "a hook before": lambda model: model.last.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
 }
 
@@ -81,12 +120,12 @@ def test_a_change_counts_in_the_next_call(name: str, strategy: str) -> None:
         got = forward(params, x)
         assert_same(got, want)
     assert not torch.allclose(got, before)
-    assert forward.revision == 1
+    assert forward.revision == (name != "a buffer in place")  # buffers are read at each call
     if name != "Dropout.p":  # predict is in eval mode
         assert_same(fe.predict(forward, params, x), want)
 
 
-def test_caches_are_no_changes() -> None:
+def test_caches_are_no_changes(caplog: pytest.LogCaptureFixture) -> None:
     model, x = _Net().double(), randn(5, 3)
     model(x)  # it has kept one already
     params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
@@ -99,6 +138,54 @@ def test_caches_are_no_changes() -> None:
     model.sizes = (2, tuple([3]))
     assert_same(forward(params, x), want)
     assert forward.revision == 0
+    assert not [record for record in caplog.records if "cache" in record.message]
+
+
+def test_a_hook_on_a_gradient_counts_in_the_next_call() -> None:
+    model, x = _Net().double(), randn(5, 3)
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+    before = gradients(forward, params, x)
+    handle = model.first.weight.register_hook(lambda gradient: gradient * 3)
+    after = gradients(forward, params, x)
+    assert_same(after["first.weight"], 3 * before["first.weight"])
+    model.first.weight.register_hook(lambda gradient: gradient * 2)
+    assert_same(gradients(forward, params, x)["first.weight"], 6 * before["first.weight"])
+    handle.remove()
+    assert_same(gradients(forward, params, x)["first.weight"], 2 * before["first.weight"])
+    assert forward.revision == 3
+
+
+def test_a_tensor_where_none_was_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.mask: Tensor | None = None
+            self.masks: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * (1 if self.mask is None else self.mask) * len([1, *self.masks])
+
+    model, x = Net().double(), randn(5, 3)
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+    model.mask = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    model.masks.append(model.mask)
+    for _ in range(2):
+        forward(params, x)
+    (told,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told.startswith("Net: mask, masks is a tensor now and was none")
+    assert_same(fe.make_forward(model)(params, x), loop(model, params, x))
+
+
+def test_what_changes_again_and_again_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = _Net().double(), randn(5, 3)
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
+    for index in range(4):
+        model.scale = index + 2.0
+        forward(params, x)
+    assert forward.revision == 4
+    (told,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "scale has changed" in told and "2nd time" in told
 
 
 @pytest.mark.compile
@@ -116,6 +203,23 @@ def test_a_compiled_step_is_compiled_anew(name: str) -> None:
     for _ in range(2):
         assert_same(step.gradients(params, x, y), own.gradients(params, x, y))
     assert step.compiled_by != "eager"
+
+
+@pytest.mark.compile
+def test_a_compiled_step_is_not_compiled_anew_for_what_the_model_itself_writes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, x, y = _Net().double(), randn(5, 3), randn(5, 2)
+    params = fe.ensemble_params(model, 2)
+    optimizer = torch.optim.SGD(tree_leaves(params), 0.1)
+    step = fe.make_train_step(fe.make_forward(model), F.mse_loss, optimizer, compile={"backend": "eager"})
+    for _ in range(3):
+        step.gradients(params, x, y)
+        model(x)
+    assert step.forward.revision == 0
+    model.late_mask = torch.ones(2)
+    step.gradients(params, x, y)
+    assert [record.message for record in caplog.records if "late_mask is a tensor now" in record.message]
 
 
 def test_a_compiled_forward_says_that_a_number_has_changed() -> None:
