@@ -55,6 +55,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Divide the cores among the workers, and give them, and the processes that tests start, one cache of kernels."""
+    torch.manual_seed(0)  # for the models that files make while they are collected
     if _WORKER:
         threads = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
         torch.set_num_threads(threads)
