@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy, Layout, Site, rank1_names
+from functorch_ens.checks import first_line
 from functorch_ens.copies import check_replaceable, copy_structure
 from functorch_ens.forward.settings import Settings
 from functorch_ens.forward.snapshot import Snapshot
@@ -38,9 +39,9 @@ class Template:
         model = anatomy.model
         memo: dict[int, Any] = {}
         self._module = copy_structure(model, _on_meta, _on_meta, memo)
-        self._modules = list(self._module.modules())
+        self.modules = list(self._module.modules())
         blank = Anatomy(self._module)
-        for layer, own in zip(anatomy.written, self._modules, strict=True):
+        for layer, own in zip(anatomy.written, self.modules, strict=True):
             specialise(own, layer, blank.layouts_of(own), side)
         self._aliases = _aliases(anatomy.sites, blank.sites, blank.layouts) | _aliases(
             anatomy.buffer_sites, blank.buffer_sites, {}
@@ -64,7 +65,7 @@ class Template:
         The names of what else it writes to (caches, counters) are added to `written`.
         """
         compiling = _torch.is_compiling()
-        for own, mode in zip(self._modules, modes, strict=True):
+        for own, mode in zip(self.modules, modes, strict=True):
             if compiling or own.training is not mode:  # Dynamo would guard on a value that is read
                 own.training = mode
         if self._hooks:
@@ -86,7 +87,7 @@ class Template:
         """The modes after `model.train()` or `model.eval()`, and the names of what else the model sets in it."""
         try:
             self._module.train() if training else self._module.eval()
-            modes = tuple([module.training for module in self._modules])
+            modes = tuple([module.training for module in self.modules])
             return modes, [name for name, _, _ in self._settings.differences()]
         finally:
             self._pristine.restore()
@@ -153,17 +154,19 @@ class Templates:
 
     def modes(self, training: bool) -> Modes:
         """The modes of all modules after `model.train()` or `model.eval()`, which is tried on a template."""
-        template = self.take()
-        modes, others = template.modes(training)
+        template, verb = self.take(), "train" if training else "eval"
+        told = ""
+        try:
+            modes, others = template.modes(training)
+            if others:
+                told = f"also sets {', '.join(others)}, which is left out, for the model is only read; call it yourself"
+        except Exception as error:
+            modes = (training,) * len(template.modules)
+            told = f"fails on a copy without memory, so every module is taken to be in that mode: {first_line(error)}"
         self.idle.append(template)
-        if others and training not in self._told:
+        if told and training not in self._told:
             self._told.add(training)
-            log.warning(
-                "%s: its own %s() also sets %s, which is left out, for the model is only read; call it yourself before",
-                self._kind,
-                "train" if training else "eval",
-                ", ".join(others),
-            )
+            log.warning("%s: its own %s() %s", self._kind, verb, told)
         return modes
 
     def name_of(self, module: Any) -> str | None:

@@ -122,6 +122,20 @@ def test_a_model_says_itself_what_eval_mode_is(caplog: pytest.LogCaptureFixture)
     assert caplog.text.count("its own eval() also sets flag") == 1
 
 
+def test_an_eval_that_needs_values_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Merging(nn.Sequential):
+        def eval(self) -> Any:
+            assert self[0].weight.sum().item() != 0
+            return super().eval()
+
+    model, x = Merging(nn.Linear(3, 4), nn.Dropout(0.5)).double(), randn(5, 3)
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model)
+    got = [fe.predict(forward, params, x) for _ in range(2)][1]
+    assert caplog.text.count("its own eval() fails on a copy without memory") == 1
+    model.eval()
+    assert_same(got, forward(params, x).detach())
+
+
 def test_an_error_leaves_the_mode_as_it_was() -> None:
     model = _net().train()
     params, buffers = fe.ensemble_params(model, 2), fe.ensemble_buffers(model, 2)
@@ -222,9 +236,9 @@ def test_the_progress_bar(progress: bool | None, capfd: pytest.CaptureFixture[st
     model, x = nn.Linear(3, 2).double(), randn(7, 3)
     params, forward = fe.ensemble_params(model, 2), fe.make_forward(model)
     want = fe.predict(forward, params, x)
-    for given, total in ((x, 4), (DataLoader(TensorDataset(x), batch_size=2), 4), (iter(x.split(2)), None)):
+    for data, total in ((x, 4), (DataLoader(TensorDataset(x), batch_size=2), 4), (iter(x.split(2)), None)):
         capfd.readouterr()
-        assert_same(fe.predict(forward, params, given, batch_size=2, progress=progress), want)
+        assert_same(fe.predict(forward, params, data, batch_size=2, progress=progress), want)
         shown = capfd.readouterr().err
         if progress:
             assert "predict" in shown and (total is None or f"0/{total}" in shown)
