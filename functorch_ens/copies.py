@@ -56,28 +56,58 @@ def contents(value: Any) -> list[Any]:
     """The values that a container, a plain object or a `functools.partial` holds directly."""
     if isinstance(value, dict):
         return list(value.values())
-    if isinstance(value, list | tuple | set | deque):
+    if isinstance(value, list | tuple | set | frozenset | deque):
         return list(value)
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values()]
+    if is_array(value):
+        return value.ravel().tolist() if value.dtype.hasobject else []
     return list((attributes(value) or {}).values())
 
 
 def attributes(value: Any) -> dict[str, Any] | None:
     """The attributes of a plain object, in its `__dict__` and in slots; None for what has neither, or is opaque."""
-    cls: type = type(value)
-    bases = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]
-    slots = [name for base in bases for name, slot in base.items() if isinstance(slot, MemberDescriptorType)]
+    slots = slots_of(value)
     if isinstance(value, _OPAQUE) or not (slots or hasattr(value, "__dict__")):
         return None
-    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return {**getattr(value, "__dict__", {}), **found}
+    return {**getattr(value, "__dict__", {}), **{name: read_slot(slot, value) for name, slot in slots.items()}}
+
+
+def slots_of(value: Any) -> dict[str, Any]:
+    """The descriptors of the slots of an object. They read and write past `__getattr__` and properties of its class."""
+    cls: type = type(value)
+    bases = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]
+    return {name: slot for base in bases for name, slot in base.items() if isinstance(slot, MemberDescriptorType)}
+
+
+UNSET = object()
+"""What `read_slot` gives for a slot that is not set."""
+
+
+def read_slot(slot: Any, value: Any) -> Any:
+    """What is in this slot of an object."""
+    try:
+        return slot.__get__(value)
+    except AttributeError:
+        return UNSET
+
+
+_LARGE = 2**20
 
 
 def is_array(value: Any) -> bool:
     """Whether `value` is an array of NumPy."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def bytes_of(value: Any) -> Any:
+    """Shape, kind and memory of an array that can be written to, for a comparison; None above 1 MB."""
+    if not is_array(value):
+        return bytes(value)
+    if value.nbytes > _LARGE or not value.flags.writeable:
+        return None
+    return value.shape, str(value.dtype), memoryview(value).tobytes() if value.dtype.kind in "biufc" else repr(value)
 
 
 def reachable(module: nn.Module) -> Iterator[tuple[str, Any]]:

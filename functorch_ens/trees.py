@@ -113,5 +113,5 @@ def length_of(batches: Any) -> int | None:
     """The number of batches; None where nobody knows: a DataLoader over an IterableDataset has a len() that raises."""
     try:
         return len(batches)
-    except TypeError:
+    except Exception:
         return None

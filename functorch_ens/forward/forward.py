@@ -214,7 +214,9 @@ class Forward:
         """Which modules of the model are in training mode: those that are now, or after `train()` or `eval()`."""
         if training is not None:
             plain = all(
-                type(module).train is nn.Module.train and type(module).eval is nn.Module.eval
+                type(module).train is nn.Module.train
+                and type(module).eval is nn.Module.eval
+                and {"train", "eval"}.isdisjoint(vars(module))
                 for module in self._anatomy.written
             )
             return (training,) * len(self._anatomy.written) if plain else self._known.templates.modes(training)
@@ -321,7 +323,7 @@ class Forward:
         """RuntimeError where a number of the model has changed; where one changes later, Dynamo compiles anew."""
         for place, module, name, value in self._known.settings.constants:
             now = getattr(module, name)
-            if now != value and now == now:
+            if now != value and (now == now or value == value):  # nan is not equal to itself
                 raise RuntimeError(
                     f"model: {place} is {now!r} now and was {value!r} when the forward was made; call the forward once "
                     "outside torch.compile, or make a new one"

@@ -10,6 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -140,7 +141,7 @@ def _other_generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], Non
     """How to read and set the global generators of Python and, where it is in use, of NumPy."""
     yield random.getstate, random.setstate
     if numpy := sys.modules.get("numpy"):
-        yield numpy.random.get_state, numpy.random.set_state
+        yield partial(numpy.random.get_state, legacy=False), numpy.random.set_state
 
 
 @contextmanager

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Set
+from functools import partial
 from operator import is_
+from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
-from functorch_ens.copies import INTERNAL, attributes, contents, is_array
+from functorch_ens.copies import INTERNAL, attributes, bytes_of, contents, is_array
 
 _SIMPLE = (bool, int, float, complex, str, bytes)
 _GONE = object()
@@ -28,8 +30,18 @@ class _Place(NamedTuple):
     """What `source` holds now, by keys."""
     before: dict[Any, Any]
     """What it held at first."""
-    named: Callable[[str, Any, bool], str]
-    """The name of one key of the place; the flag says whether the key is new."""
+    named: Callable[[str, Any], str]
+    """The name of one key of the place."""
+
+
+class Difference(NamedTuple):
+    """Something that is not as it was."""
+
+    name: str
+    group: str
+    """The dict that it is in, whose other keys are of the same kind; else its own name."""
+    now: Any
+    before: Any
 
 
 class Settings:
@@ -50,7 +62,7 @@ class Settings:
         """The tensors that `changed` has last found where none were, and that the model itself does not put there."""
         self._seen = {id(module) for module in anatomy.modules.values()}
         for name, module in anatomy.modules.items():
-            self._remember_module(name, module)
+            self._remember_module(name, module, is_registered=True)
         for name, parameter in anatomy.parameters.items():
             if _torch.hooks_of(parameter):
                 self._add(name, parameter, _hooks, _whole)
@@ -58,13 +70,13 @@ class Settings:
                 self._unhooked[name] = parameter
 
     def _add(
-        self, name: str, source: Any, read: Callable[[Any], dict[Any, Any]], named: Callable[[str, Any, bool], str]
+        self, name: str, source: Any, read: Callable[[Any], dict[Any, Any]], named: Callable[[str, Any], str]
     ) -> None:
         self._places.append(_Place(name, source, read, dict(read(source)), named))
 
-    def _remember_module(self, name: str, module: nn.Module) -> None:
+    def _remember_module(self, name: str, module: nn.Module, *, is_registered: bool) -> None:
         self._add(name or type(module).__name__, module, _class, _whole)
-        self._add(name, module, vars, _attribute)
+        self._add(name, module, vars if is_registered else _all, _attribute)
         for key, value in vars(module).items():
             place = f"{name}.{key}" if name else key
             if key not in INTERNAL:
@@ -73,7 +85,7 @@ class Settings:
                     self.constants.append((place, module, key, value))
             elif isinstance(value, dict) and not value:
                 self._empty[place] = value
-            elif key in ("_parameters", "_buffers"):
+            elif is_registered and key in ("_parameters", "_buffers"):
                 self._add(name, value, _presence, _attribute)
             elif isinstance(value, dict):
                 self._add(name if key == "_modules" else place, value, dict, _attribute)
@@ -83,38 +95,44 @@ class Settings:
             return
         self._seen.add(id(value))
         if isinstance(value, nn.Module):  # one that is not registered: all that it has is a constant
-            self._remember_module(place, value)
+            self._remember_module(place, value, is_registered=False)
             of_it = [*_torch.parameters_of(value).items(), *_torch.buffers_of(value).items(), *value.named_children()]
             for key, item in of_it:
                 self._remember(f"{place}.{key}", item)
-            return
-        if isinstance(value, Tensor):
+        elif isinstance(value, Tensor):
             self._add(place, value, _version, _whole)
         elif isinstance(value, dict):
-            self._add(place, value, dict, _item)
-        elif isinstance(value, list | deque):
+            self._add(place, value, dict, _attribute)
+        elif isinstance(value, list | deque) or (is_array(value) and value.dtype.hasobject):
             self._add(place, value, _numbered, _whole)
         elif isinstance(value, set):
             self._add(place, value, _itself, _whole)
-        elif is_array(value):
-            self._add(place, value, _bytes, _whole)
+        elif is_array(value) or isinstance(value, bytearray):
+            self._add(place, value, _memory, _whole)
+        elif isinstance(value, partial):
+            self._add(place, value.keywords, dict, _attribute)
+        elif isinstance(value, MethodType):
+            self._remember(place, value.__self__)
         elif attributes(value) is not None:
+            self._add(place, value, _fields, _attribute)
+        if isinstance(value, dict | list | set | deque) and attributes(value):  # of a class of the user's own
             self._add(place, value, _fields, _attribute)
         for item in contents(value):
             self._remember(place, item)
 
-    def differences(self) -> Iterator[tuple[str, Any, Any]]:
-        """What is not as it was: its name, what is there now, what was there."""
+    def differences(self) -> Iterator[Difference]:
+        """What is not as it was."""
         if any(self._empty.values()):
-            yield from ((place, values, _GONE) for place, values in self._empty.items() if values)
+            yield from (Difference(place, place, values, _GONE) for place, values in self._empty.items() if values)
         if _torch.any_has_hooks(self._unhooked.values()):
             hooks = {name: _torch.hooks_of(parameter) for name, parameter in self._unhooked.items()}
-            yield from ((name, found, _GONE) for name, found in hooks.items() if found)
-        for name, source, read, before, named in self._places:
+            yield from (Difference(name, name, found, _GONE) for name, found in hooks.items() if found)
+        for place, source, read, before, named in self._places:
             now = source if read is dict else read(source)
             if len(now) == len(before) and all(map(is_, now.values(), before.values())):
                 continue
             now = dict(now)
+            differ = False
             for key in {**before, **now}:
                 this, that = now.get(key, _GONE), before.get(key, _GONE)
                 if this is that or (read is vars and key in _LEFT_OUT):
@@ -122,7 +140,16 @@ class Settings:
                 if _equal(this, that):
                     before[key] = this  # so that the next look is as fast as before
                 else:
-                    yield named(name, key, that is _GONE), this, that
+                    differ = True
+                    name = named(place, key)
+                    yield Difference(name, place if read is dict else name, this, that)
+            if read is dict and not differ and list(now) != list(before):  # in another order
+                yield Difference(place, place, now, before)
+
+    def note_changes(self, written: set[str]) -> None:
+        """Add the names of what has changed to `written`; of a dict that has got new keys, that of the whole dict."""
+        for name, group, _, before in self.differences():
+            written.add(group if before is _GONE else name)
 
     def changed(self, written: Set[str]) -> str | None:
         """The name of a setting that has changed; None where none has.
@@ -132,8 +159,8 @@ class Settings:
                 what they were when the forward was made, so they are no settings.
         """
         kept = set()
-        for name, now, before in self.differences():
-            if name in written:
+        for name, group, now, before in self.differences():
+            if name in written or group in written:
                 continue
             if not isinstance(now, Tensor) or not (before is None or before is _GONE or now.grad_fn is not None):
                 return name
@@ -147,7 +174,9 @@ def _equal(now: Any, before: Any) -> bool:
         return True
     if isinstance(now, tuple) and isinstance(before, tuple) and len(now) == len(before):
         return type(now) is type(before) and all(map(_equal, now, before))
-    return type(now) is type(before) and isinstance(now, _SIMPLE) and (now == before or now != now)
+    if type(now) is not type(before) or not isinstance(now, _SIMPLE):
+        return False
+    return repr(now) == repr(before) if isinstance(now, float | complex) else now == before  # nan, and minus zero
 
 
 # What a place holds, by the kind of its source.
@@ -177,8 +206,12 @@ def _itself(items: set[Any]) -> dict[Any, Any]:
     return {item: item for item in items}
 
 
-def _bytes(array: Any) -> dict[Any, Any]:
-    return {None: array.tobytes()}
+def _memory(value: Any) -> dict[Any, Any]:
+    return {None: bytes_of(value)}
+
+
+def _all(module: nn.Module) -> dict[Any, Any]:
+    return vars(module)
 
 
 def _fields(value: Any) -> dict[Any, Any]:
@@ -188,13 +221,9 @@ def _fields(value: Any) -> dict[Any, Any]:
 # The name of a key in a place.
 
 
-def _whole(place: str, key: Any, is_new: bool) -> str:
+def _whole(place: str, key: Any) -> str:
     return place
 
 
-def _attribute(place: str, key: Any, is_new: bool) -> str:
+def _attribute(place: str, key: Any) -> str:
     return f"{place}.{key}" if place else str(key)
-
-
-def _item(place: str, key: Any, is_new: bool) -> str:
-    return place if is_new else f"{place}.{key}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from functorch_ens import _torch
-from functorch_ens.copies import INTERNAL, attributes, contents, is_array
+from functorch_ens.copies import INTERNAL, UNSET, attributes, bytes_of, contents, is_array, read_slot, slots_of
 
 # An older Dynamo cannot trace the `__dict__` of a module.
 TRACES_DICT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
@@ -28,23 +28,30 @@ class Snapshot:
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._lists: list[tuple[list[Any] | deque[Any], list[Any]]] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
-        self._slotted: list[tuple[Any, dict[str, Any]]] = []
+        self._slotted: list[tuple[Any, Any, Any]] = []
         self._arrays: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor, int]] = []
         owned = owned - {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-        for module in model.modules():
-            attributes = {name: value for name, value in vars(module).items() if name != "training"}
-            own = {name: value for name, value in attributes.items() if name not in INTERNAL}
-            self._modules.append((module, attributes, own))
-            for name, value in attributes.items():
-                if name in _torch.REGISTRIES or name in own:
-                    self._remember(value, owned)
+        registered = list(model.modules())
+        owned -= {id(module) for module in registered}
+        for module in registered:
+            self._remember_module(module, owned)
+
+    def _remember_module(self, module: nn.Module, owned: set[int]) -> None:
+        everything = {name: value for name, value in vars(module).items() if name != "training"}
+        own = {name: value for name, value in everything.items() if name not in INTERNAL}
+        self._modules.append((module, everything, own))
+        for name, value in everything.items():
+            if name in _torch.REGISTRIES or name in own:
+                self._remember(value, owned)
 
     def _remember(self, value: Any, owned: set[int]) -> None:
-        if id(value) not in owned or isinstance(value, nn.Module):
+        if id(value) not in owned:
             return
         owned.discard(id(value))
-        if isinstance(value, Tensor):
+        if isinstance(value, nn.Module):  # one that is not registered
+            self._remember_module(value, owned)
+        elif isinstance(value, Tensor):
             self._tensors.append((value, value.detach().clone(), _torch.version(value)))
         elif isinstance(value, dict):
             self._dicts.append((value, dict(value)))
@@ -53,11 +60,12 @@ class Snapshot:
         elif isinstance(value, set):
             self._sets.append((value, set(value)))
         elif is_array(value):
-            self._arrays.append((value, value.copy()))
-        elif (found := attributes(value)) is not None:
+            if bytes_of(value) is not None:
+                self._arrays.append((value, value.copy()))
+        elif attributes(value) is not None:
             own = getattr(value, "__dict__", {})
             self._dicts.append((own, dict(own)))
-            self._slotted.append((value, {name: kept for name, kept in found.items() if name not in own}))
+            self._slotted += [(value, slot, read_slot(slot, value)) for slot in slots_of(value).values()]
         for item in contents(value):
             self._remember(item, owned)
 
@@ -75,13 +83,12 @@ class Snapshot:
             if members != kept:
                 members.clear()
                 members.update(kept)
-        for holder, slots in self._slotted:
-            for name, value in slots.items():
-                if getattr(holder, name, None) is not value:
-                    setattr(holder, name, value)
+        for holder, slot, value in self._slotted:
+            if read_slot(slot, holder) is not value:
+                slot.__delete__(holder) if value is UNSET else slot.__set__(holder, value)
         if not _torch.is_compiling():  # Dynamo cannot read a version counter, nor the memory of an array
             for array, saved in self._arrays:
-                if array.tobytes() != saved.tobytes():
+                if array.shape == saved.shape and array.flags.writeable and bytes_of(array) != bytes_of(saved):
                     array[...] = saved
             for tensor, value, version in self._tensors:
                 if _torch.version(tensor) != version:

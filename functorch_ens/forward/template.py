@@ -78,17 +78,19 @@ class Template:
                 output = _torch.past_checkpoints(functional_call, self._module, given, args, kwargs, tie_weights=False)
         finally:
             if written is not None:
-                written.update(name for name, _, _ in self._settings.differences())
+                self._settings.note_changes(written)
             self._pristine.restore()
         # Where the forward assigned a new tensor to a buffer, functional_call has put that into the dict.
         return output, {name: given[name] for name in buffers}
 
     def modes(self, training: bool) -> tuple[Modes, list[str]]:
         """The modes after `model.train()` or `model.eval()`, and the names of what else the model sets in it."""
+        if any(not {"train", "eval"}.isdisjoint(vars(module)) for module in self.modules):
+            raise RuntimeError("train or eval is set on an instance, not in its class")
         try:
             self._module.train() if training else self._module.eval()
             modes = tuple([module.training for module in self.modules])
-            return modes, [name for name, _, _ in self._settings.differences()]
+            return modes, [each.name for each in self._settings.differences()]
         finally:
             self._pristine.restore()
 
@@ -162,7 +164,8 @@ class Templates:
                 told = f"also sets {', '.join(others)}, which is left out, for the model is only read; call it yourself"
         except Exception as error:
             modes = (training,) * len(template.modules)
-            told = f"fails on a copy without memory, so every module is taken to be in that mode: {first_line(error)}"
+            why = first_line(error)
+            told = f"cannot be tried on a copy without memory, so every module is taken to be in that mode: {why}"
         self.idle.append(template)
         if told and training not in self._told:
             self._told.add(training)

@@ -125,13 +125,19 @@ def test_a_model_says_itself_what_eval_mode_is(caplog: pytest.LogCaptureFixture)
 def test_an_eval_that_needs_values_is_told(caplog: pytest.LogCaptureFixture) -> None:
     class Merging(nn.Sequential):
         def eval(self) -> Any:
-            assert self[0].weight.sum().item() != 0
+            assert next(self.parameters()).sum().item() != 0
             return super().eval()
 
+    dropout = nn.Dropout(0.5)
+    dropout.train = lambda mode=True: dropout  # type: ignore[method-assign]
+    on_instance = nn.Sequential(nn.Linear(3, 4), dropout)
+    fe.predict(fe.make_forward(on_instance), fe.ensemble_params(on_instance, 2), torch.ones(1, 3))
+    assert "set on an instance" in caplog.text
+    caplog.clear()
     model, x = Merging(nn.Linear(3, 4), nn.Dropout(0.5)).double(), randn(5, 3)
     params, forward = fe.ensemble_params(model, 3), fe.make_forward(model)
     got = [fe.predict(forward, params, x) for _ in range(2)][1]
-    assert caplog.text.count("its own eval() fails on a copy without memory") == 1
+    assert caplog.text.count("its own eval() cannot be tried on a copy without memory") == 1
     model.eval()
     assert_same(got, forward(params, x).detach())
 

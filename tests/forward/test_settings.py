@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,9 @@ import functorch_ens as fe
 @dataclass(slots=True)
 class _Slotted:
     gain: float = 1.0
+
+    def times(self, x: Tensor) -> Tensor:
+        return x * self.gain
 
 
 class _Net(nn.Module):
@@ -49,9 +53,18 @@ class _Net(nn.Module):
         self.flags = {"plain"}
         self.table = np.ones(2)
         self.slotted = _Slotted()
-        self.loose: list[Any] = [nn.Linear(2, 2).double().requires_grad_(False), nn.LeakyReLU(0.5)]  # not registered
+        self.loose: list[Any] = [
+            nn.Linear(2, 2).double().requires_grad_(False),
+            nn.LeakyReLU(0.5),
+            nn.Dropout(1.0).train(),
+        ]  # not registered
         self.register_buffer("offset", torch.ones(2, dtype=torch.float64))
         self.register_buffer("late_offset", None)
+        self.chain = nn.Sequential(nn.Tanh(), nn.Softplus())
+        self.times = partial(torch.mul, other=1.0)
+        self.times_of = _Slotted()
+        self.method = self.times_of.times
+        self.objects = np.array([1.0, None], dtype=object)
         self.calls = 0
         self.losses: list[float] = []
 
@@ -64,9 +77,14 @@ class _Net(nn.Module):
         out = self.last(h) ** self.options.power * self.gains[1] * self.mask * getattr(self, "late", 1.0)
         out = out * self.masks[-1] * self.named_masks["a"] * torch.as_tensor(self.table) * self.slotted.gain
         out = self.loose[1](self.loose[0](out)) * (3 if "strong" in self.flags else 1)
+        out = self.method(self.times(self.chain(out))) * self.objects[0] + self.loose[2](torch.ones_like(out))
         for offset in (self.offset, self.late_offset):
             out = out if offset is None else out + offset
         return out
+
+
+def _replace_weight(model: _Net) -> None:
+    model.loose[0].weight = nn.Parameter(torch.ones(2, 2, dtype=torch.float64), requires_grad=False)
 
 
 def _set(path: str, value: Any) -> Callable[[_Net], None]:
@@ -103,6 +121,12 @@ CHANGES: dict[str, Callable[[_Net], Any]] = {
     "a buffer where none was": _set("late_offset", torch.ones(2, dtype=torch.float64)),
     "a buffer in place": lambda model: model.offset.add_(1),
     "a buffer that is gone": _set("offset", None),
+    "the mode of a module that is not registered": lambda model: model.loose[2].eval(),
+    "the weight of such a module": _replace_weight,
+    "the order of submodules": lambda model: model.chain._modules.update({"0": model.chain._modules.pop("0")}),
+    "in a partial": lambda model: model.times.keywords.update(other=3.0),
+    "behind a method": _set("times_of.gain", 2.0),
+    "in an object array": lambda model: model.objects.__setitem__(0, 3.0),
     "a hook before": lambda model: model.last.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
 }
 
@@ -153,6 +177,78 @@ def test_a_hook_on_a_gradient_counts_in_the_next_call() -> None:
     handle.remove()
     assert_same(gradients(forward, params, x)["first.weight"], 2 * before["first.weight"])
     assert forward.revision == 3
+
+
+class _Frozen:
+    """Slots that only its own methods may set, one of them unset at first, and a `__getattr__` that fails."""
+
+    __slots__ = ("count", "late")
+    count: int
+    late: int
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "count", 1)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise TypeError(f"{name} is frozen")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name) if name.startswith("__") else KeyError(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Frozen:
+        memo[id(self)] = copy = _Frozen()
+        return copy
+
+
+class _Counting(nn.Module):
+    """It writes to itself wherever it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.frozen = _Frozen()
+        self.loose: list[Any] = [_Counter()]
+        self.table = np.ones(2)
+        self.seen: dict[Any, int] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = self.frozen.count
+        object.__setattr__(self.frozen, "count", count + 1)
+        object.__setattr__(self.frozen, "late", 1)
+        self.table += 1
+        self.seen[len(x)] = self.seen.get(len(x), 0) + 1
+        return self.loose[0](self.layer(x)) * count * torch.as_tensor(self.table) * self.seen[len(x)]
+
+
+class _Counter(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_what_the_model_itself_writes_is_undone_after_each_member(strategy: str) -> None:
+    model, x = _Counting().double(), randn(5, 3)
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model, strategy=strategy)
+    pairs = zip(params.stacked["layer.weight"], params.stacked["layer.bias"], strict=True)
+    want = torch.stack([F.linear(x, weight, bias) * 2 for weight, bias in pairs])
+    for _ in range(3):
+        assert_same(forward(params, x), want)
+        model(x)
+        model(x[:2])
+    assert forward.revision == 0
+    assert model.frozen.count == 7 and model.seen == {5: 3, 2: 3} and model.loose[0].calls == 6
+
+
+def test_nan_is_a_change() -> None:
+    model, x = _Net().double(), randn(5, 3)
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model)
+    assert forward(params, x).isfinite().all()
+    model.scale = float("nan")
+    assert all(forward(params, x).isnan().all() for _ in range(2))
+    assert forward.revision == 1
 
 
 def test_a_tensor_where_none_was_is_told(caplog: pytest.LogCaptureFixture) -> None:
