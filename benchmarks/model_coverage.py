@@ -51,7 +51,7 @@ RUNS = [(kind, mode) for kind in ("classic", "BatchEnsemble") for mode in ("eval
 # second it does not fit into memory in float64.
 _LARGE, _HUGE = 10_000_000, 300_000_000
 # Of the largest value. Deep networks amplify rounding. How much, where float64 cannot tell it from an error, is seen
-# from an input that is changed by a unit of rounding: a difference may be so many times that, as there are many.
+# from inputs and weights changed by a unit of rounding: a difference may be so many times that, as there are many.
 _ROUNDINGS = 10
 _SHAKES = (4, 5, 6)  # where a detector chooses other boxes, by some of them and not by others
 _TOLERANCE = {torch.complex128: 1e-7, torch.float64: 1e-7, torch.float32: 1e-2}
@@ -177,7 +177,7 @@ class Trial:
         self.buffers = fe.ensemble_buffers(self.model, E)
 
     def plain(self, shaken: int | None = None) -> Plain:
-        """What a loop over ordinary modules finds; with inputs `shaken` by a unit of rounding, each number its own."""
+        """What a loop over ordinary modules finds; `shaken` moves some inputs and weights by a unit of rounding."""
         outputs, buffers = self._members(shaken)
         results = stacked(outputs, buffers)
         backward = self.gradients(combined(results[0]), again=self.part)
@@ -193,8 +193,10 @@ class Trial:
 
     def _members(self, shaken: int | None) -> Any:
         weights = [fe.member_params(self.model, self.params, i) for i in range(self.params.E)]
-        given = self.args, self.kwargs
-        args, kwargs = given if shaken is None else pytree.tree_map(partial(_shaken, shaken), given)
+        everything = self.args, self.kwargs, weights
+        if shaken is not None:
+            everything = pytree.tree_map(partial(_shaken, shaken), everything)
+        args, kwargs, weights = everything
         return plain_members(self.model, weights, self.buffers, args, kwargs, seed=1)
 
     @property
@@ -288,7 +290,7 @@ def _compare(trial: Trial, want: Plain, result: dict[str, Any], noise: bool = Fa
             found = [difference(a, b) for a, b in zip(other, want, strict=True) if a is not None and b is not None]
             moved = max(moved, *found)
             del other
-        result["moved by a rounding of the input"] = moved
+        result["moved by a rounding"] = moved
         tolerance = max(tolerance, _ROUNDINGS * moved if math.isfinite(moved) else 0.0)
     wrong = []
     strategies = ("auto",) if trial.part else ("auto", "loop")
