@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Template:
         self._layouts = anatomy.layouts
         self._hooks = {name: hooks for name, tensor in anatomy.parameters.items() if (hooks := _torch.hooks_of(tensor))}
         self._pristine = Snapshot(self._module, {id(value) for value in memo.values()})
-        self._settings = Settings(blank)
+        self._blank = blank
 
     def __call__(
         self,
@@ -64,6 +64,7 @@ class Template:
 
         The names of what else it writes to (caches, counters) are added to `written`.
         """
+        settings = None if written is None else self._settings
         compiling = _torch.is_compiling()
         for own, mode in zip(self.modules, modes, strict=True):
             if compiling or own.training is not mode:  # Dynamo would guard on a value that is read
@@ -77,20 +78,26 @@ class Template:
             else:
                 output = _torch.past_checkpoints(functional_call, self._module, given, args, kwargs, tie_weights=False)
         finally:
-            if written is not None:
-                self._settings.note_changes(written)
+            if settings is not None and written is not None:
+                settings.note_changes(written)
             self._pristine.restore()
         # Where the forward assigned a new tensor to a buffer, functional_call has put that into the dict.
         return output, {name: given[name] for name in buffers}
+
+    @cached_property
+    def _settings(self) -> Settings:
+        """Those of the copy at rest. Only watched calls ask for them, so the template for compilers makes none."""
+        return Settings(self._blank)
 
     def modes(self, training: bool) -> tuple[Modes, list[str]]:
         """The modes after `model.train()` or `model.eval()`, and the names of what else the model sets in it."""
         if any(not {"train", "eval"}.isdisjoint(vars(module)) for module in self.modules):
             raise RuntimeError("train or eval is set on an instance, not in its class")
+        settings = self._settings
         try:
             self._module.train() if training else self._module.eval()
             modes = tuple([module.training for module in self.modules])
-            return modes, [each.name for each in self._settings.differences()]
+            return modes, [each.name for each in settings.differences()]
         finally:
             self._pristine.restore()
 
