@@ -59,8 +59,12 @@ def filter_for(method: Callable[..., Any], made: Collection[object], theirs: Fil
     def keep(guards: Sequence[Any]) -> Sequence[bool]:
         kept = [True] * len(guards) if theirs is None else list(theirs(guards))
         with optional("fewer guards"):
+            ours = _of_our_classes(guards)
             kept = [
-                keep and guard.name not in paths and not _is_of_packages(guard.name, globals_, own)
+                keep
+                and guard.name not in paths
+                and not _is_of_packages(guard.name, globals_, own)
+                and not _is_in_class(guard.name, ours)
                 for keep, guard in zip(kept, guards, strict=True)
             ]
         return kept
@@ -150,6 +154,29 @@ def _is_of_packages(name: str, globals_: dict[str, Any], own: Collection[str]) -
         return _package(value) in PACKAGES
     # The builtins, and the scopes of functions made by exec: the constructors of named tuples are some of these.
     return isinstance(value, dict) and key in value and _package(value[key]) == builtins.__name__
+
+
+def _of_our_classes(guards: Sequence[Any]) -> frozenset[str]:
+    """Dynamo's names of the objects, of those that have guards, whose class is one of this package.
+
+    The class of an object has a guard of its own, which is kept. Modules are left out: a template's classes are made
+    from the user's.
+    """
+    values = {guard.name: getattr(guard, "value", None) for guard in guards}
+    return frozenset(
+        name
+        for name, value in values.items()
+        if _package(type(value)) == "functorch_ens" and not isinstance(value, nn.Module)
+    )
+
+
+_CLASS = re.compile(r"type\(([^()]*)\)")
+
+
+def _is_in_class(name: str, objects: Collection[str]) -> bool:
+    """Whether a guard is on what the class of one of `objects` defines."""
+    match = _CLASS.search(name)
+    return match is not None and match[1] in objects
 
 
 def _package(value: object) -> str:

@@ -75,6 +75,17 @@ def test_what_never_changes_is_not_guarded_and_the_rest_is() -> None:
     assert _kept(house.compute, kept, made) == [True] * len(kept)
 
 
+def test_what_a_class_of_this_package_defines_is_not_guarded() -> None:
+    """A change of class is seen by the guard on `work.__class__`; a module's class may be made from the user's."""
+    house = _House()
+    work = fe.Gradients({}, torch.ones(2), {})
+    values = {"work": work, "theirs": SimpleNamespace(), "layer": house.users[0], "work.__class__": fe.Gradients}
+    of_classes = [f"dict(type({name}).__dict__)['_make'].__closure__[0]" for name in ("work", "theirs", "layer", "new")]
+    guards = [SimpleNamespace(name=name, value=value) for name, value in values.items()]
+    guards += [SimpleNamespace(name=name, value=None) for name in of_classes]
+    assert list(filter_for(house.compute, [])(guards)) == [True, True, True, True, False, True, True, True]
+
+
 def test_another_name_of_an_attribute_changes_nothing() -> None:
     house = _House()
     house.renamed = house.__dict__.pop("own")  # type: ignore[attr-defined]  # that is the test
