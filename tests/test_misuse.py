@@ -378,10 +378,12 @@ _row(
     layers=_OPTIONAL,
     stacked=(*_OPTIONAL, "empty list"),
     generator=(*_OPTIONAL, "generator"),
-    r_mean=_FLOATS,
-    s_mean=_FLOATS,
-    r_std=_POSITIVE,
-    s_std=_POSITIVE,
+    init=("None", "~module"),
+    flip=("None", "0.5", "array scalar"),
+    r_mean=("None", *_FLOATS),
+    s_mean=("None", *_FLOATS),
+    r_std=("None", *_POSITIVE),
+    s_std=("None", *_POSITIVE),
 )
 _row(fe.ensemble_buffers, lambda: {**_model(), "E": E}, model=("module",), E=("3",))
 _row(fe.stack_params, lambda: {"members": [nn.Linear(3, 2)], "model": nn.Linear(3, 2)}, model=("None", "module"))

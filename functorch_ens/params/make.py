@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -14,13 +15,13 @@ from functorch_ens.checks import (
     check_bool,
     check_callable,
     check_generator,
-    check_number,
     check_option,
     check_positive_int,
 )
 from functorch_ens.params.fresh import fresh_members
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.params.select import Selector, choose_parameters, choose_rank1
+from functorch_ens.params.vectors import Init, Starts
 from functorch_ens.rng import cpu_generator
 
 
@@ -87,11 +88,12 @@ def batchensemble_params(
     model: nn.Module,
     E: int,
     *,
-    init: str = "normal",
-    r_mean: float = 1.0,
-    r_std: float = 0.5,
-    s_mean: float = 1.0,
-    s_std: float = 0.5,
+    init: Init = None,
+    flip: float | Mapping[str, float] | None = None,
+    r_mean: float | None = None,
+    r_std: float | None = None,
+    s_mean: float | None = None,
+    s_std: float | None = None,
     bias: str = "shared",
     use_base_weights: bool = True,
     layers: Selector | None = None,
@@ -110,8 +112,11 @@ def batchensemble_params(
     Args:
         model: the network; it is only read.
         E: the number of members.
-        init: of `r` and `s`: `"normal"`, `"random_sign"` (+1 or -1; better from scratch) or `"ones"` (equal members).
-        r_mean, r_std, s_mean, s_std: of the normal distributions; only `init="normal"` uses them.
+        init: how `r`, `s` start: `"random_sign"` (+1 or -1), `"normal"` or `"ones"` (equal members); a dict of these by
+            pattern of layers or vectors (`{"*_s": "ones"}`; the first match decides, else None); or a function
+            `(name, shape, generator) -> tensor`. None: `"normal"` if a mean or std is given, else `"random_sign"`.
+        flip: the probability of -1 (.5) for `"random_sign"`; or a dict by pattern.
+        r_mean, r_std, s_mean, s_std: for `"normal"`, N(1, .5) by default.
         bias: `"shared"`, or `"stacked"`: own biases in the layers that have `r` and `s`, from the same start.
         use_base_weights: start from the model's own parameters; False draws fresh ones, as `ensemble_params` does.
         layers: the modules whose weights get `r` and `s`: a name pattern (`"net.*"`), a list of them, or a predicate
@@ -129,11 +134,9 @@ def batchensemble_params(
     anatomy = Anatomy(model)
     E = check_positive_int(E, "E")
     check_generator(generator)
-    check_option(init, ("normal", "random_sign", "ones"), "init")
+    starts = Starts(init, flip, {"r_mean": r_mean, "r_std": r_std, "s_mean": s_mean, "s_std": s_std})
     check_option(bias, ("shared", "stacked"), "bias")
     check_bool(use_base_weights, "use_base_weights")
-    r_mean, s_mean = check_number(r_mean, "r_mean"), check_number(s_mean, "s_mean")
-    r_std, s_std = check_number(r_std, "r_std", minimum=0), check_number(s_std, "s_std", minimum=0)
 
     own = anatomy.parameters
     owned = [] if stacked is None else choose_parameters(stacked, anatomy)
@@ -156,17 +159,18 @@ def batchensemble_params(
     stacks |= _repeated(base, biases, E)
     shared = {name: base[name].detach().clone() for name in own if name not in stacks}
 
-    vectors: dict[str, Tensor] = {}
-    for name in weights:
-        r_name, s_name = rank1_names(name)
-        if name not in anatomy.layouts:
-            raise ValueError(
-                f"model: it already has a parameter named {r_name} or {s_name}; leave {name} out of layers"
-            )
-        for vector, mean, std in ((r_name, r_mean, r_std), (s_name, s_mean, s_std)):
-            (length,) = anatomy.vectors[vector]
-            vectors[vector] = _vector(init, E, length, mean, std, source).to(own[name])
-    return EnsembleParams(_leaves(shared, own), _leaves(vectors | stacks, own))
+    drawn = starts(anatomy, weights, E, source)
+    vectors = {vector: drawn[vector].to(own[name]) for name in weights for vector in rank1_names(name)}
+    stacks = vectors | stacks
+    if E == 1:
+        warnings.warn("E: got 1, and one member is no ensemble: r and s only scale its layers", stacklevel=2)
+    elif all((stack == stack[0]).all() for stack in stacks.values()):
+        warnings.warn(
+            "init: all members start equal, and stay equal as long as they see the same rows; start from random signs, "
+            'or give each member rows of its own: index_batches(..., sees="own")',
+            stacklevel=2,
+        )
+    return EnsembleParams(_leaves(shared, own), _leaves(stacks, own))
 
 
 def ensemble_buffers(model: nn.Module, E: int) -> dict[str, Tensor]:
@@ -186,15 +190,6 @@ def _biases(anatomy: Anatomy, weights: Sequence[str]) -> list[str]:
         for name, places in anatomy.sites.items()
         if any(s.module in layers and "bias" in s.leaf for s in places) and name not in weights
     ]
-
-
-def _vector(init: str, E: int, length: int, mean: float, std: float, source: torch.Generator) -> Tensor:
-    """`r` or `s`: `[E, length]`, drawn in float64 on the CPU, so that every dtype and device gets the same numbers."""
-    if init == "ones":
-        return torch.ones(E, length, dtype=torch.float64, device="cpu")
-    if init == "random_sign":
-        return 2.0 * torch.randint(2, (E, length), generator=source, dtype=torch.float64, device="cpu") - 1.0
-    return mean + std * torch.randn(E, length, generator=source, dtype=torch.float64, device="cpu")
 
 
 def _repeated(tensors: Mapping[str, Tensor], names: Iterable[str], E: int) -> dict[str, Tensor]:
