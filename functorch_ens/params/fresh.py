@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import torch
@@ -23,13 +23,19 @@ def fresh_members(
     factory: Callable[[], nn.Module] | None,
     generator: torch.Generator,
     stacklevel: int,
+    chosen: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Independently initialised parameters, `{name: [copies[name], ...]}`, with the model's dtypes, on its device.
 
     Each member comes from `factory()`, or, if that is None, from every module's own `reset_parameters`. Parameters that
-    no reset writes to are copied from the model, with one warning that names them.
+    no reset writes to are copied from the model, with one warning that names them. Of the resets only the `chosen`
+    parameters are taken (None: all that are not frozen); the others are copied from the model too.
     """
     own = {name: parameter.detach() for name, parameter in anatomy.parameters.items()}
+    frozen = [name for name, parameter in anatomy.parameters.items() if not parameter.requires_grad and name in copies]
+    asked = chosen is not None
+    if chosen is None:
+        chosen = [name for name in own if factory is not None or name not in frozen]
     stacks = {name: own[name].new_empty(count, *own[name].shape) for name, count in copies.items()}
     draw = _resetter(anatomy.model, own) if factory is None else partial(_made_by, factory, own)
     copied: set[str] = set()
@@ -41,14 +47,43 @@ def fresh_members(
         copied |= untouched
         for name, stack in stacks.items():
             if index < len(stack):
-                stack[index] = drawn[name]
-    if not copied.isdisjoint(copies):
+                stack[index] = drawn[name] if name in chosen else own[name]
+    redrawn = [name for name in copies if name in chosen]
+    unset = [name for name in redrawn if name in copied]
+    if unset:
         warnings.warn(
-            f"no reset_parameters initialises {[name for name in copies if name in copied]}: every member starts from "
-            "the model's own values there; for a fresh start give a factory: reset=lambda: MyModel()",
+            f"no reset_parameters initialises {unset}: every member starts from the model's own values there; for a "
+            "fresh start give a factory: reset=lambda: MyModel()",
+            stacklevel=stacklevel,
+        )
+    if factory is not None:
+        told = [name for name in frozen if not torch.equal(own[name], stacks[name][0])]
+    else:
+        told = [name for name in redrawn if name not in copied and not asked and _is_another(own[name], stacks[name])]
+    if told:
+        warnings.warn(
+            f"the model's own values of {told} are lost: they are {'frozen' if factory else 'far from a fresh draw'}, "
+            'and are drawn anew; keep them with reset=False, or with reset="head.*", which draws what a pattern names '
+            "alone; an initialisation in the model's constructor is kept by a factory: reset=lambda: MyModel()",
             stacklevel=stacklevel,
         )
     return stacks
+
+
+def _is_another(own: Tensor, drawn: Tensor) -> bool:
+    """Whether the values of `own` are surely no draw from the distribution of `drawn` `[k, ...]`.
+
+    This is the two-sample test of Kolmogorov and Smirnov, with one false alarm in 10^9. It needs some 40 values, and
+    gets at most 4,096, for those of a network are many.
+    """
+    if not own.is_floating_point():
+        return False
+    values = [x.flatten()[:: max(1, x.numel() // 4096)].cpu().double() for x in (own, drawn)]
+    n, m = map(len, values)
+    every = torch.cat(values).sort().values
+    shares = [torch.searchsorted(x.sort().values, every, right=True) / len(x) for x in values]
+    distance = (shares[0] - shares[1]).abs().max().item()
+    return distance > math.sqrt(-math.log(5e-10) / 2 * (n + m) / (n * m))
 
 
 Drawn = tuple[dict[str, Tensor], set[str]]

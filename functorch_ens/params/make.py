@@ -29,7 +29,7 @@ def ensemble_params(
     model: nn.Module,
     E: int,
     *,
-    reset: bool | Callable[[], nn.Module] = True,
+    reset: bool | str | Iterable[str] | Callable[[], nn.Module] = True,
     stacked: Selector | None = None,
     generator: torch.Generator | None = None,
 ) -> EnsembleParams:
@@ -45,8 +45,9 @@ def ensemble_params(
         model: the network; it is only read.
         E: the number of members.
         reset: True draws fresh, independent parameters by every module's own `reset_parameters`; what has none is
-            copied from the model, with one warning that names it. A factory (`lambda: resnet18()`) is called once per
-            member, and keeps an initialisation that the model does in its constructor. False copies the model's.
+            copied from the model, with one warning that names it, and what is frozen is copied too. A name pattern
+            (`"head.*"`) or a list of them draws these parameters alone, for pretrained models. False copies all. A
+            factory (`lambda: resnet18()`) is called once per member, and keeps what the model does in its constructor.
         stacked: the parameters that each member owns: a name pattern, a list of them, or a predicate on
             (name, parameter). The others are shared, with the model's own values: `stacked="head.*"` is a sub-ensemble.
             None: all of them.
@@ -64,11 +65,17 @@ def ensemble_params(
     anatomy = Anatomy(model)
     E = check_positive_int(E, "E")
     check_generator(generator)
-    if isinstance(reset, nn.Module) or not callable(reset):
-        check_bool(reset, "reset", or_else="or a function that makes a new module")
-    else:
-        check_callable(reset, "reset", "a function that makes a new module", [], classes=True)
+    expected = "True, False, a name pattern, a list of patterns, or a function that makes a new module"
     own = anatomy.parameters
+    factory: Callable[[], nn.Module] | None = None
+    drawn: list[str] | None = None
+    if callable(reset) and not isinstance(reset, nn.Module):
+        check_callable(reset, "reset", expected, [], classes=True)
+        factory = reset
+    elif not isinstance(reset, bool):
+        drawn = choose_parameters(reset, anatomy, "reset", expected)
+        if not drawn:
+            raise ValueError(f"reset: chooses no parameter of the model, got {reset!r}")
     if stacked is None:  # a quantised weight cannot be stacked, nor would its members ever differ
         owned = [name for name, parameter in own.items() if not parameter.is_quantized]
     else:
@@ -79,8 +86,7 @@ def ensemble_params(
     if reset is False:
         stacks = _repeated(own, owned, E)
     else:
-        factory = None if reset is True else reset
-        stacks = fresh_members(anatomy, dict.fromkeys(owned, E), factory, cpu_generator(generator), stacklevel=3)
+        stacks = fresh_members(anatomy, dict.fromkeys(owned, E), factory, cpu_generator(generator), 3, drawn)
     return EnsembleParams(_leaves(shared, own), _leaves(stacks, own))
 
 

@@ -17,7 +17,10 @@ Selector = str | Iterable[str] | Callable[[str, Any], bool]
 """An `fnmatch` pattern on qualified names (`"net.*"`), a list of them, or a predicate on (name, object)."""
 
 
-def select(selector: Selector, objects: Mapping[str, Any], argument: str) -> set[str]:
+EXPECTED = "a name pattern, a list of patterns or a predicate on (name, object)"
+
+
+def select(selector: Selector, objects: Mapping[str, Any], argument: str, expected: str = EXPECTED) -> set[str]:
     """The names in `objects` that `selector` chooses.
 
     Raises:
@@ -28,7 +31,7 @@ def select(selector: Selector, objects: Mapping[str, Any], argument: str) -> set
         check_callable(selector, argument, "a predicate on (name, object)", ["name", "object"])
         return {name for name, value in objects.items() if selector(name, value)}
     chosen: set[str] = set()
-    for pattern in _as_patterns(selector, argument):
+    for pattern in _as_patterns(selector, argument, expected):
         found = _matches(pattern, objects)
         if not found:
             raise ValueError(f"{argument}: pattern {pattern!r} matches none of {list(objects)}")
@@ -36,10 +39,12 @@ def select(selector: Selector, objects: Mapping[str, Any], argument: str) -> set
     return chosen
 
 
-def choose_parameters(selector: Selector, anatomy: Anatomy) -> list[str]:
-    """The parameters that `stacked` chooses, in the model's order; patterns also match the other names of tied ones."""
+def choose_parameters(
+    selector: Selector, anatomy: Anatomy, argument: str = "stacked", expected: str = EXPECTED
+) -> list[str]:
+    """The parameters that `selector` chooses, in the model's order; patterns match every name of tied ones."""
     objects: Mapping[str, Any] = anatomy.parameters if callable(selector) else anatomy.names
-    chosen = {anatomy.names[name] for name in select(selector, objects, "stacked")}
+    chosen = {anatomy.names[name] for name in select(selector, objects, argument, expected)}
     return [name for name in anatomy.parameters if name in chosen]
 
 
@@ -111,12 +116,11 @@ def _is_predicate(selector: Any) -> TypeGuard[Callable[[str, Any], bool]]:
     return callable(selector) and not isinstance(selector, type | nn.Module)
 
 
-def _as_patterns(selector: Any, argument: str) -> list[str]:
+def _as_patterns(selector: Any, argument: str, expected: str = EXPECTED) -> list[str]:
     """The patterns of a selector that is not a predicate; TypeError, naming `argument`, where it is none."""
     if isinstance(selector, str):
         return [selector]
-    kinds = "a name pattern, a list of patterns or a predicate on (name, object)"
-    wanted = f"{argument}: expected {kinds}, got {shown(selector)}"
+    wanted = f"{argument}: expected {expected}, got {shown(selector)}"
     if not isinstance(selector, Iterable) or isinstance(selector, Tensor):
         raise TypeError(wanted)
     patterns = list(selector)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import small_net, source
 from oracle import tensors_of
+from sklearn.datasets import load_digits
 from torch import nn
+from zoo_written import Tied
 
 import functorch_ens as fe
 
@@ -28,7 +32,7 @@ def test_reset_draws_as_reset_parameters_does() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
-    stacked = fe.ensemble_params(model, 8).stacked
+    stacked = fe.ensemble_params(model, 8, reset="*").stacked
     weight = stacked["0.weight"]  # uniform in +-1/sqrt(in): standard deviation 1/sqrt(3 in)
     assert weight.abs().max() <= 0.1 and weight.std(unbiased=False).item() == pytest.approx(0.1 / 3**0.5, rel=0.02)
     assert stacked["0.bias"].abs().max() <= 0.1
@@ -105,3 +109,92 @@ def test_reset_false_copies() -> None:
     params = fe.ensemble_params(model, 3, reset=False)
     for name, parameter in model.named_parameters():
         assert all(torch.equal(member, parameter) for member in params.stacked[name])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is kept, and what is told
+
+
+@pytest.mark.parametrize("stacked", [None, "[02].*"])
+def test_a_pattern_draws_what_it_names_alone(stacked: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    for pattern in ("2.*", ["2.weight", "2.bias"]):
+        params = fe.ensemble_params(model, 3, reset=pattern, stacked=stacked)
+        for name in ("0.weight", "0.bias"):
+            assert all(torch.equal(member, model.get_parameter(name)) for member in params.stacked[name])
+        for name in ("2.weight", "2.bias"):
+            members = [model.get_parameter(name), *params.stacked[name]]
+            assert not any(torch.equal(a, b) for i, a in enumerate(members) for b in members[:i])
+    whole = fe.ensemble_params(model, 3, generator=source()).stacked["2.weight"]
+    assert torch.equal(fe.ensemble_params(model, 3, reset="2.*", generator=source()).stacked["2.weight"], whole)
+
+
+def test_a_pattern_names_tied_parameters_by_every_name() -> None:
+    model = Tied()
+    for pattern in ("embed.weight", "score.weight"):
+        stacked = fe.ensemble_params(model, 2, reset=pattern).stacked["embed.weight"]
+        assert not torch.equal(stacked[0], stacked[1])
+
+
+def test_what_is_frozen_is_kept_unless_it_is_asked_for() -> None:
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 3))
+    with torch.no_grad():
+        model[0].weight.fill_(7.0)
+    model[0].requires_grad_(False)
+    for params in (fe.ensemble_params(model, 2), fe.batchensemble_params(model, 2, use_base_weights=False)):
+        tensors = tensors_of(params)
+        assert (tensors["0.weight"] == 7).all() and not tensors["0.weight"].requires_grad
+        assert (tensors["0.bias"] == model[0].bias).all()
+    asked = fe.ensemble_params(model, 2, reset="0.weight").stacked["0.weight"]
+    assert not (asked == 7).any() and not torch.equal(asked[0], asked[1]) and not asked.requires_grad
+
+    def factory() -> nn.Module:
+        return nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 3))
+
+    with pytest.warns(UserWarning, match=r"values of \['0.weight', '0.bias'\] are lost: they are frozen") as told:
+        fe.ensemble_params(model, 2, reset=factory)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+def _trained(model: nn.Module) -> nn.Module:
+    """`model` after some steps of training on digits."""
+    x, y = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for i in torch.randperm(len(x), generator=source()).repeat(3)[:4800].split(32):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[i].float() / 16), y[i]).backward()
+        optimizer.step()
+    return model
+
+
+def test_pretrained_weights_that_are_drawn_anew_are_told() -> None:
+    torch.manual_seed(0)
+    model = _trained(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 10)))
+    for make in (fe.ensemble_params, lambda m, E: fe.batchensemble_params(m, E, use_base_weights=False)):
+        with pytest.warns(UserWarning, match="are lost: they are far from a fresh draw") as told:
+            make(model, 2)
+        assert len(told) == 1 and "'1.weight'" in str(told[0].message) and "'3.weight'" in str(told[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fe.ensemble_params(model, 2, reset=False)
+        fe.ensemble_params(model, 2, reset="3.*")
+        fe.ensemble_params(model, 2, stacked="3.bias")
+        fe.batchensemble_params(model, 2)
+
+
+LARGE: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Sequential(nn.Linear(300, 200), nn.LayerNorm(200), nn.Linear(200, 10)),
+    "conv": lambda: nn.Sequential(nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64), nn.ConvTranspose2d(64, 8, 3), nn.PReLU(64)),
+    "embedding": lambda: nn.ModuleList([nn.Embedding(500, 40, padding_idx=0), nn.EmbeddingBag(200, 30)]),
+    "attention": lambda: nn.TransformerDecoderLayer(64, 4, 128),
+    "recurrent": lambda: nn.ModuleList([nn.LSTM(40, 50, 2), nn.GRUCell(40, 50), nn.RNN(40, 50)]),
+    "bilinear": lambda: nn.Bilinear(20, 30, 40),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_model_is_not_taken_for_a_pretrained_one(name: str, dtype: torch.dtype) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        fe.ensemble_params(LARGE[name]().to(dtype), 2)  # a warning would be an error here

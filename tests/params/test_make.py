@@ -299,12 +299,10 @@ def test_bad_options_of_batchensemble_params(options: dict[str, Any], error: typ
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (
-            {"reset": "yes"},
-            TypeError,
-            "reset: expected True or False, or a function that makes a new module, got 'yes'",
-        ),
-        ({"reset": nn.Linear(3, 2)}, TypeError, "reset: expected True or False, or a function .* got Linear"),
+        ({"reset": "yes"}, ValueError, "reset: pattern 'yes' matches none of"),
+        ({"reset": ["0.*", "9"]}, ValueError, "reset: pattern '9' matches none of"),
+        ({"reset": nn.Linear(3, 2)}, TypeError, "reset: expected True, False, a name pattern, .* got Linear"),
+        ({"reset": 1}, TypeError, "reset: expected True, False, a name pattern, .* got 1"),
         ({"stacked": nn.Linear}, TypeError, "stacked: expected a name pattern, a list of patterns or a predicate"),
         ({"stacked": []}, ValueError, r"stacked: chooses no parameter of the model, got \[\]"),
         ({"stacked": ["0.*", "9"]}, ValueError, "stacked: pattern '9'"),
