@@ -24,6 +24,11 @@ from functorch_ens.trees import length_of
 
 log = logging.getLogger(__name__)
 
+ALIKE = 2e-3
+"""Members whose mean losses in an epoch differ by less than this share of them are taken for one network."""
+AGREE = 5e-3
+"""Members whose predictions differ on less than this share of the inputs are taken for one network."""
+
 Batches = Iterable[Any] | Callable[[torch.Generator], Iterable[Any]]
 
 
@@ -78,6 +83,7 @@ class Run:
         self._together = bool(step._trained(params).params.shared)
         self._patience = None if patience is None else Patience(patience, params.E, self._together, mode)
         self._failed: set[int] = set()
+        self._told = False
         self.epoch = 0
         self.history: list[dict[str, Tensor]] = []
         self.stopped: dict[int, str] = dict.fromkeys(sorted(step.stopped), "it was stopped before")
@@ -116,6 +122,7 @@ class Run:
         self._show(bar, total / count, epochs)
         self.history.append({"loss": (total / count).cpu()})
         self.epoch += 1
+        self._warn_of_equal_members("loss", self.history[-1]["loss"])
 
     def _show(self, bar: Any, losses: Tensor, epochs: int) -> None:
         bar.set_description(f"epoch {self.epoch + 1} of {epochs}", refresh=False)
@@ -164,6 +171,8 @@ class Run:
         now, first = ({name: list(value.shape) for name, value in self.history[i].items()} for i in (-1, 0))
         if now != first:
             raise ValueError(f"evaluate: expected the results of the epochs before, {first}, got {now}")
+        for name in results.keys() & {"disagreement"}:
+            self._warn_of_equal_members(name, results[name])
         if monitor is None:
             return
         E, value = self._params.E, results.get(monitor)
@@ -181,6 +190,27 @@ class Run:
         if found:
             who = "all members" if found == trained else f"members {found}"
             log.warning("%s: %s is nan after epoch %d, which counts as no better", who, monitor, self.epoch)
+
+    def _warn_of_equal_members(self, name: str, values: Tensor) -> None:
+        """Say once that the members are one network: their losses `[E]` are equal, or their `disagreement` is 0."""
+        trained = [i for i in range(self._params.E) if i not in self.stopped]
+        if self._told or len(trained) < 2:
+            return
+        if name == "loss":
+            values = values[trained]
+            alike = bool(values.max() - values.min() <= ALIKE * values.abs().max())
+            found = f"their losses in epoch {self.epoch} are equal to {ALIKE:g} of their value"
+        else:
+            alike = bool(values.double().mean() < AGREE)
+            found = f"their disagreement after epoch {self.epoch} is {values.double().mean():.2g}"
+        if alike:
+            self._told = True
+            log.warning(
+                "the %d members are hardly an ensemble: %s. Unless the data are so easy, let them start further apart "
+                '(random signs, with a larger flip), or see rows of their own: index_batches(..., sees="own")',
+                len(trained),
+                found,
+            )
 
     def schedule(self, monitor: str | None) -> None:
         """Step the scheduler after an epoch."""

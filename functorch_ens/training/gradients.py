@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.func import grad
+from torch.utils._pytree import tree_map_only
 
 from functorch_ens.checks import check_keys, check_mapping, shown
 from functorch_ens.forward.call import check_member_axis
@@ -199,6 +200,8 @@ class Objective:
         with self._precision(params.stacked.values()):
             outputs = self.forward.called(params, tuple(inputs), kwargs, buffers, modes)
             outputs, new = (outputs, {}) if buffers is None else outputs
+            if self._autocast is not None:  # torch's autocast does this for losses, but not inside vmap
+                outputs = tree_map_only(Tensor, lambda x: x.float() if x.dtype == self._autocast else x, outputs)
             losses = self.losses(outputs, target, member_targets=self.member_targets, values=values)
         return losses.sum() if self._reduction == "sum" else losses.sum() / E, losses, new
 

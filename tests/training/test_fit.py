@@ -578,3 +578,39 @@ def test_bad_batches() -> None:
     once = iter(own.batches(own.generator))
     with pytest.raises(ValueError, match=r"batches: expected at least one batch .* got none in epoch 2; an iterator"):
         fit(own.step, own.params, once, epochs=2, buffers=own.buffers)
+
+
+@pytest.mark.filterwarnings("ignore:init. all members start equal:UserWarning")
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"init": "ones"}, "their losses in epoch 1 are equal to 0.002 of their value"),
+        ({"r_std": 1e-3, "s_std": 1e-3}, "their losses in epoch 1 are equal to 0.002 of their value"),
+        ({"r_std": 0.5}, ""),
+        ({"flip": 0.05}, ""),
+        ({}, ""),
+    ],
+)
+def test_members_that_stay_equal_are_told_once(options: Any, told: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)), torch.randn(64, 8)
+    y = x[:, :3].argmax(-1)
+    params = fe.batchensemble_params(model, 3, **options)
+    optimizer = torch.optim.Adam(fe.param_groups(params, lr=1e-2))
+    step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, optimizer, compile=False)
+    fe.fit(step, params, list(zip(x.split(16), y.split(16), strict=True)), epochs=3)
+    messages = [record.getMessage() for record in caplog.records if "hardly an ensemble" in record.getMessage()]
+    assert len(messages) == bool(told) and all(told in message for message in messages)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.004), torch.full((64,), 0.004), 0.2])
+def test_members_that_agree_on_everything_are_told_once(value: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Linear(3, 2), torch.randn(64, 3)
+    params = fe.ensemble_params(model, 3)
+    step = fe.make_train_step(
+        fe.make_forward(model), F.cross_entropy, torch.optim.SGD(tree_leaves(params)), compile=False
+    )
+    fe.fit(step, params, [(x, (x[:, 0] > 0).long())], epochs=3, evaluate=lambda p, b: {"disagreement": value})
+    messages = [record.getMessage() for record in caplog.records if "hardly an ensemble" in record.getMessage()]
+    assert len(messages) == (float(torch.as_tensor(value).mean()) < 0.1)
+    assert all("their disagreement after epoch 1 is 0.004" in message for message in messages)

@@ -792,7 +792,7 @@ def test_autocast_is_that_of_separate_networks(strategy: str, compile: bool) -> 
     )
     for _ in range(2):
         got, losses, _ = step.gradients(params, x, y)
-    assert losses.dtype == torch.float32 or losses.dtype == torch.bfloat16
+    assert losses.dtype == torch.float32  # as torch's autocast computes losses
     for i in range(3):
         alone = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 4))
         alone.load_state_dict(fe.member_params(model, params, i))
