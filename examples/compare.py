@@ -1,6 +1,8 @@
-"""Train a single network, a classic ensemble and a BatchEnsemble on the same images, and compare them.
+"""Train one network, a classic ensemble and a BatchEnsemble on the same images from several seeds, and compare them.
 
-python examples/compare.py                                    scikit-learn's digits, no download
+One network is also trained at the cost of an ensemble: on E times as many rows, for as many steps.
+
+python examples/compare.py                                    scikit-learn's digits with noise, no download
 python examples/compare.py --data cifar10 --epochs 10         CIFAR-10, downloaded once to --data-dir
 python examples/compare.py --data folder --data-dir DIR --model resnet18
 """
@@ -14,14 +16,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import Data, DataUnavailable, Split, load, normalise, with_channels
+from data import Data, DataUnavailable, Split, load, normalise, with_channels, with_noise
 from models import UnknownModel, make_model
-from report import draw, table, write_json
+from report import draw, in_words, table, write_json
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -33,115 +35,145 @@ class Unusable(Exception):
     """The model cannot be trained on these images; the message says why and what to try."""
 
 
-@dataclass
-class Trained:
-    """The result of training one ensemble."""
+@dataclass(frozen=True)
+class Kind:
+    """What is trained: how its parameters are made, and on how many rows."""
 
-    params: fe.EnsembleParams
-    buffers: dict[str, Tensor]
-    compile_seconds: float
-    epoch_seconds: float
-
-
-def train(
-    name: str, model: nn.Module, forward: fe.Forward, params: fe.EnsembleParams, split: Split, args: argparse.Namespace
-) -> Trained:
-    """Train every member on the same batches with Adam. `params` are updated in place, as by torch.optim."""
-    model.train()
-    buffers = fe.ensemble_buffers(model, params.E)
-    optimizer = torch.optim.Adam(tree_leaves(params), lr=args.lr)
-    step = fe.make_train_step(
-        forward,
-        F.cross_entropy,
-        optimizer,
-        prepare=lambda index: (normalise(split.images[index]), split.labels[index]),
-        compile=args.compile,
-    )
-    shuffle = torch.Generator().manual_seed(args.seed)
-    size = min(args.batch_size, len(split.labels))
-    steps = len(split.labels) // size
-    seconds = []
-
-    with tqdm(total=args.epochs * steps, desc=f"{name}: first step", unit="step", disable=None) as bar:
-        start = time.perf_counter()
-        try:
-            step.gradients(params, torch.arange(size, device=split.labels.device), buffers=buffers)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            shape = list(split.images.shape[1:])
-            raise Unusable(f"{args.model} cannot be trained on images of {shape}; try --image-size. {error}") from error
-        compile_seconds = time.perf_counter() - start if args.compile else 0.0
-        bar.set_description(name)
-        for _ in range(args.epochs):
-            start = time.perf_counter()
-            total = torch.zeros(params.E, device=split.labels.device)
-            order = torch.randperm(len(split.labels), generator=shuffle).to(split.labels.device)
-            for batch in order[: steps * size].split(size):
-                losses, buffers = step(params, batch, buffers=buffers)
-                total += losses
-                bar.update()
-            # Once per epoch, not per step: formatting a loss waits for the device.
-            bar.set_postfix(loss=f"{(total / steps).mean():.4f}")
-            seconds.append(time.perf_counter() - start)
-    return Trained(params, buffers, compile_seconds, median(seconds))
+    members: int
+    params: Callable[[nn.Module, torch.Generator], fe.EnsembleParams]
+    rows: int = 1
+    """Rows of a step, and epochs, as a multiple of the options."""
 
 
-def evaluate(forward: fe.Forward, trained: Trained, split: Split, batch: int) -> dict[str, float | list[float]]:
-    """Compute accuracy, negative log likelihood and disagreement on `split`, and time the forward passes."""
+def kinds(new_model: Callable[[], nn.Module], args: argparse.Namespace) -> dict[str, Kind]:
+    """What is compared, by name. `new_model` keeps the initialisation that a model does in its constructor."""
+    E, flip = args.members, args.flip
 
-    def predict(images: Tensor) -> Tensor:
-        logits: Tensor = fe.predict(
-            forward, trained.params, images, buffers=trained.buffers, batch_size=batch, prepare=normalise
-        )
-        return logits.double().cpu()  # [E, N, C]
+    def classic(members: int) -> Callable[[nn.Module, torch.Generator], fe.EnsembleParams]:
+        return lambda model, source: fe.ensemble_params(model, members, reset=new_model, generator=source)
 
-    predict(split.images[:1])  # warm up, untimed
-    start = time.perf_counter()
-    logits = predict(split.images)
-    seconds = time.perf_counter() - start
-    labels = split.labels.cpu()
-    if not logits.isfinite().all():  # training has diverged
-        nan = math.nan
-        scores = {"ensemble_accuracy": nan, "ensemble_nll": nan, "disagreement": nan, "evaluate_seconds": seconds}
-        return {"member_accuracy": [nan] * len(logits), "member_nll": [nan] * len(logits), **scores}
     return {
-        "member_accuracy": [fe.metrics.accuracy(member[None], labels).item() for member in logits],
-        "ensemble_accuracy": fe.metrics.accuracy(logits, labels).item(),
-        "member_nll": [fe.metrics.nll(member[None], labels).item() for member in logits],
-        "ensemble_nll": fe.metrics.nll(logits, labels).item(),
-        "disagreement": fe.disagreement(logits).mean().item(),
-        "evaluate_seconds": seconds,
+        "one network": Kind(1, classic(1)),
+        "one network, E x rows": Kind(1, classic(1), rows=E),
+        "classic ensemble": Kind(E, classic(E)),
+        "BatchEnsemble": Kind(E, lambda model, source: fe.batchensemble_params(model, E, flip=flip, generator=source)),
     }
 
 
-def compare(data: Data, args: argparse.Namespace) -> dict[str, dict[str, float | list[float]]]:
-    """Train and evaluate the three kinds of ensemble; return the results by kind."""
-    shape, classes = tuple(data.train.images.shape[1:]), len(data.classes)
+def train_and_evaluate(name: str, kind: Kind, data: Data, args: argparse.Namespace, bar: Any) -> dict[str, Any]:
+    """Train `kind` from every seed, each member on batches of its own; return the scores of each run and the costs."""
+    shape, classes, train = tuple(data.train.images.shape[1:]), len(data.classes), data.train
 
     def new_model() -> nn.Module:
         return make_model(args.model, shape, classes).to(args.device)
 
-    E = args.members
-    kinds: dict[str, Callable[[nn.Module, torch.Generator], fe.EnsembleParams]] = {
-        "single network": lambda model, source: fe.ensemble_params(model, 1, reset=new_model, generator=source),
-        "classic ensemble": lambda model, source: fe.ensemble_params(model, E, reset=new_model, generator=source),
-        "BatchEnsemble": lambda model, source: fe.batchensemble_params(model, E, init=args.init, generator=source),
-    }
-    results = {}
-    for name, make_params in kinds.items():
-        torch.manual_seed(args.seed)
+    def start(seed: int) -> tuple[nn.Module, fe.EnsembleParams]:
+        torch.manual_seed(seed)
         model = new_model()
-        params = make_params(model, torch.Generator().manual_seed(args.seed))
-        forward = fe.make_forward(model)
-        trained = train(name, model, forward, params, data.train, args)
-        results[name] = {
-            "members": params.E,
-            **evaluate(forward, trained, data.test, batch=8 * args.batch_size),
-            "parameters": sum(leaf.numel() for leaf in tree_leaves(params)),
-            "bytes": sum(leaf.nbytes for leaf in tree_leaves((params, trained.buffers))),
-            "epoch_seconds": trained.epoch_seconds,
-            "compile_seconds": trained.compile_seconds,
-        }
-    return results
+        return model, kind.params(model, torch.Generator().manual_seed(seed))
+
+    rows = min(args.batch_size * kind.rows, len(train.labels))
+
+    def batches(source: torch.Generator) -> list[Tensor]:
+        return fe.index_batches(
+            len(train.labels), rows, E=kind.members, sees="own", generator=source, device=args.device
+        )
+
+    model, params = start(args.seed)
+    model.train()
+    buffers = fe.ensemble_buffers(model, kind.members)
+    optimizer = torch.optim.Adam(fe.param_groups(params, lr=args.lr))
+    step = fe.make_train_step(
+        fe.make_forward(model, member_inputs=True),  # each member has batches of its own
+        F.cross_entropy,
+        optimizer,
+        prepare=lambda i: (normalise(train.images[i]), train.labels[i]),
+        compile=args.compile,
+    )
+    bar.set_description(f"{name}: first step")
+    began = time.perf_counter()
+    try:
+        step.gradients(params, batches(torch.Generator())[0], buffers=buffers)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise Unusable(
+            f"{args.model} cannot be trained on images of {list(shape)}; try --image-size. {error}"
+        ) from error
+    compile_seconds = time.perf_counter() - began if args.compile else 0.0
+
+    forward, runs, seconds = fe.make_forward(model), [], []
+    for seed in range(args.seed, args.seed + args.seeds):
+        bar.set_description(f"{name}, seed {seed}")
+        with torch.no_grad():  # into the same tensors, so that the step is compiled once
+            for mine, new in zip(tree_leaves(params), tree_leaves(start(seed)[1]), strict=True):
+                mine.copy_(new)
+        optimizer.state.clear()
+        began = time.perf_counter()
+        fitted = fe.fit(
+            step,
+            params,
+            batches,
+            epochs=args.epochs * kind.rows,
+            buffers=buffers,
+            generator=torch.Generator().manual_seed(seed),
+            progress=False,
+        )
+        seconds.append((time.perf_counter() - began) / args.epochs)
+        runs.append(evaluate(forward, fitted, data.test, 8 * args.batch_size))
+        bar.update()
+    return {
+        "members": kind.members,
+        "runs": runs,
+        "parameters": sum(leaf.numel() for leaf in tree_leaves(params)),
+        "bytes": sum(leaf.nbytes for leaf in tree_leaves((params, buffers))),
+        "epoch_seconds": min(seconds),
+        "compile_seconds": compile_seconds,
+    }
+
+
+def evaluate(forward: fe.Forward, fitted: fe.Fitted, split: Split, batch: int) -> dict[str, Any]:
+    """The scores of one run on `split`, and the time of its predictions."""
+    began = time.perf_counter()
+    logits: Tensor = fe.predict(
+        forward, fitted.params, split.images, buffers=fitted.buffers, batch_size=batch, prepare=normalise
+    )
+    seconds = time.perf_counter() - began
+    logits, labels = logits.double().cpu(), split.labels.cpu()  # [E, N, C]
+    if not logits.isfinite().all():  # training has diverged
+        scores = ("accuracy", "nll", "nll_at_temperature", "disagreement")
+        nans = [math.nan] * len(logits)
+        return {"member_accuracy": nans, "member_nll": nans, **dict.fromkeys(scores, math.nan), "seconds": seconds}
+    return {
+        "member_accuracy": [fe.metrics.accuracy(member[None], labels).item() for member in logits],
+        "member_nll": [fe.metrics.nll(member[None], labels).item() for member in logits],
+        "accuracy": fe.metrics.accuracy(logits, labels).item(),
+        "nll": fe.metrics.nll(logits, labels).item(),
+        "nll_at_temperature": at_temperature(logits, labels),
+        "disagreement": fe.disagreement(logits).mean().item() if len(logits) > 1 else 0.0,
+        "seconds": seconds,
+    }
+
+
+def at_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The NLL of each half of the test images at the temperature that is fitted to the other half."""
+    halves = torch.arange(len(labels)) % 2 == 0
+    if not 0 < halves.sum() < len(labels):
+        return fe.metrics.nll(logits, labels).item()
+    found = [
+        fe.metrics.nll(logits[:, ~held] / fe.fit_temperature(logits[:, held], labels[held]), labels[~held]).item()
+        for held in (halves, ~halves)
+    ]
+    return sum(found) / 2
+
+
+def compare(data: Data, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Train and evaluate every kind; return the results by its name."""
+
+    def new_model() -> nn.Module:
+        return make_model(args.model, tuple(data.train.images.shape[1:]), len(data.classes)).to(args.device)
+
+    compared = kinds(new_model, args)
+    with tqdm(total=len(compared) * args.seeds, unit="run", disable=None) as bar:
+        return {name: train_and_evaluate(name, kind, data, args, bar) for name, kind in compared.items()}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -156,6 +188,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
         read.__name__ = "number"  # argparse prints the name: "invalid number value"
         return read
+
+    def share(text: str) -> float:
+        value = float(text)
+        if not 0 <= value <= 1:
+            raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+        return value
 
     def device(text: str) -> torch.device:
         try:
@@ -184,20 +222,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=positive(int), default=20, metavar="N", help="passes over the data (default: %(default)s)")
     add("--batch-size", type=positive(int), default=32, metavar="B", help="images per step (default: %(default)s)")
     add("--lr", type=positive(float), default=1e-3, help="Adam's learning rate (default: %(default)s)")
-    add(
-        "--init",
-        choices=["normal", "random_sign", "ones"],
-        default="random_sign",
-        help="initial values of r and s (default: %(default)s)",
-    )
+    add("--flip", type=share, metavar="P", help="share of -1 in r and s of the BatchEnsemble (default: by the model)")
+    add("--noise", type=share, metavar="SIGMA", help="noise of the pixels (default: 0.35 for digits, 0 for others)")
+    add("--seeds", type=positive(int), default=5, metavar="N", help="runs of each, from N seeds (default: 5)")
     add("--device", type=device, help="cpu, cuda, cuda:1 ... (default: cuda if available, else cpu)")
     add("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
-    add("--seed", type=int, default=0, help="seed of parameters and batches (default: %(default)s)")
+    add("--seed", type=int, default=0, help="the first seed of parameters and batches (default: 0)")
     add("--out", type=writable, metavar="FILE", help="also write the results to FILE as JSON")
     add("--png", type=writable, default="compare.png", metavar="FILE", help="file of the plot (default: %(default)s)")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**63:
         parser.error(f"argument --seed: expected 0 <= seed < 2**63, got {args.seed}")
+    args.noise = (0.35 if args.data == "digits" else 0.0) if args.noise is None else args.noise
     args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
@@ -206,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     try:
         data = load(args.data, args.data_dir, args.image_size, args.device)
+        data = with_noise(data, args.noise)
         if args.model not in ("mlp", "cnn"):
             data = with_channels(data, 3)
         results = compare(data, args)
@@ -213,12 +250,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"compare.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    noise = f" with noise {args.noise:g}" if args.noise else ""
     title = (
-        f"{args.data}, {args.model}: {len(data.train.labels)} training and {len(data.test.labels)} test images of "
-        f"{list(data.train.images.shape[1:])}, E={args.members}, {args.epochs} epochs, batch {args.batch_size}, "
-        f"Adam {args.lr:g}, r and s {args.init}; torch {torch.__version__} on {args.device}"
+        f"{args.data}{noise}, {args.model}: {len(data.train.labels)} training and {len(data.test.labels)} test images "
+        f"of {list(data.train.images.shape[1:])}, E={args.members}, {args.epochs} epochs, batch {args.batch_size}, "
+        f"Adam {args.lr:g}, {args.seeds} seeds; torch {torch.__version__} on {args.device}"
     )
-    print(f"{title}\n\n{table(results)}")
+    print(f"{title}\n\n{table(results)}\n\n{in_words(results)}")
     if args.out is not None:
         plain = (int, float, bool, type(None))
         settings = {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}

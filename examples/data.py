@@ -126,6 +126,19 @@ def _resized(images: Tensor, size: int | None) -> Tensor:
     return resize(images, [size, size], antialias=True)
 
 
+def with_noise(data: Data, sigma: float) -> Data:
+    """Add normal noise to every image, the same at every call; `sigma` is a share of the range of the pixels."""
+    if not sigma:
+        return data
+    source = torch.Generator().manual_seed(0)
+
+    def noisy(split: Split) -> Split:
+        noise = torch.randn(split.images.shape, generator=source).mul(255 * sigma).to(split.images.device)
+        return Split((split.images.float() + noise).round().clamp(0, 255).to(torch.uint8), split.labels)
+
+    return data._replace(train=noisy(data.train), test=noisy(data.test))
+
+
 def with_channels(data: Data, channels: int) -> Data:
     """Repeat grey images along the channel axis, for models that expect colour; colour images stay as they are."""
     if data.train.images.shape[1] != 1:

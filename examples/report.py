@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import stdev
+from textwrap import fill
 from typing import Any
 
 from functorch_ens.files import write_whole
@@ -18,66 +20,104 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def _spread(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def _of(result: Mapping[str, Any], key: str) -> list[float]:
+    """The score `key` of every run; of members, their mean."""
+    found = [run[key] for run in result["runs"]]
+    return [_mean(value) if isinstance(value, list) else value for value in found]
+
+
 def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
-_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "member acc": lambda r: f"{_mean(r['member_accuracy']):.4f}",
-    "ensemble acc": lambda r: f"{r['ensemble_accuracy']:.4f}",
-    "member NLL": lambda r: _number(_mean(r["member_nll"])),
-    "ensemble NLL": lambda r: _number(r["ensemble_nll"]),
-    "disagree": lambda r: f"{r['disagreement']:.4f}" if r["members"] > 1 else "-",
+_SCORES = {
+    "accuracy": "accuracy",
+    "of a member": "member_accuracy",
+    "NLL": "nll",
+    "NLL, T": "nll_at_temperature",
+    "disagree": "disagreement",
+}
+_COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "parameters": lambda r: f"{r['parameters']:,}",
-    "MB": lambda r: f"{r['bytes'] / 1e6:.2f}",
     "s/epoch": lambda r: f"{r['epoch_seconds']:.3f}",
-    "s evaluate": lambda r: f"{r['evaluate_seconds']:.3f}",
+    "s predict": lambda r: f"{_mean(_of(r, 'seconds')):.3f}",
     "s compile": lambda r: f"{r['compile_seconds']:.1f}",
 }
 
 
 def table(results: Results) -> str:
-    """Format the results as a text table, one row per kind of ensemble."""
-    rows = [[name, *(cell(result) for cell in _COLUMNS.values())] for name, result in results.items()]
-    return aligned([["", *_COLUMNS], *rows])
+    """Format the results as a text table: means over the seeds, with their standard deviation in the row below."""
+    rows = [["", *_SCORES, *_COSTS]]
+    for name, result in results.items():
+        values = [_of(result, key) for key in _SCORES.values()]
+        rows.append([name, *(_number(_mean(each)) for each in values), *(cell(result) for cell in _COSTS.values())])
+        if len(result["runs"]) > 1:
+            rows.append(["", *(f"±{_number(_spread(each))}" for each in values), *("" for _ in _COSTS)])
+    note = (
+        "NLL, T: half of the test images at the temperature fitted to the other half. s/epoch: of E epochs of one "
+        "network on E x rows."
+    )
+    return f"{aligned(rows)}\n\n{note}"
+
+
+def in_words(results: Results) -> str:
+    """What was gained over one network, and at what cost."""
+    one, *others = results.items()
+    lines = []
+    for name, result in others:
+        gains = [
+            [(a - b) * sign for a, b in zip(_of(result, key), _of(one[1], key), strict=True)]
+            for key, sign in (("accuracy", 100), ("nll", -1))
+        ]
+        points, nats = ([_mean(gain), _spread(gain)] for gain in gains)
+        size = result["parameters"] / one[1]["parameters"]
+        time = result["epoch_seconds"] / one[1]["epoch_seconds"]
+        lines.append(
+            f"{name}: {points[0]:+.1f} ± {points[1]:.1f} points of accuracy and {nats[0]:.3f} ± {nats[1]:.3f} less NLL "
+            f"than one network, for {size:.3g} times its parameters and {time:.2g} times its training time."
+        )
+    return "\n".join(lines)
 
 
 def draw(results: Results, title: str, path: Path) -> None:
-    """Draw accuracy and NLL of the members and the ensemble, and the costs beside them, as a PNG."""
+    """Draw accuracy and NLL of every run and their mean, and the parameters beside them, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     names = list(results)
-    colours = [f"C{i}" for i in range(len(names))]
-    figure, axes = plt.subplots(1, 5, figsize=(16, 4.2), layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    colours = ["0.45", "0.65", "C0", "C1"]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.6), layout="constrained", width_ratios=[3, 3, 2])
+    figure.suptitle(fill(title, 110), fontsize=10)
+    labels = [name.replace(", E x", ",\nE ×").replace(" ensemble", "\nensemble") for name in names]
+    places = list(range(len(names)))[::-1]
 
-    for axis, key, title in ((axes[0], "accuracy", "test accuracy"), (axes[1], "nll", "test NLL")):
-        for x, (name, colour) in enumerate(zip(names, colours, strict=True)):
-            members, ensemble = results[name][f"member_{key}"], results[name][f"ensemble_{key}"]
-            axis.scatter([x] * len(members), members, color=colour, alpha=0.5, s=24, label="member" if x == 0 else None)
-            axis.scatter(
-                [x], [ensemble], color=colour, marker="D", s=64, edgecolor="black", label="ensemble" if x == 0 else None
-            )
-            axis.annotate(f"{ensemble:.3f}", (x, ensemble), xytext=(9, 0), textcoords="offset points", va="center")
-        axis.set_title(f"{title} ({'higher' if key == 'accuracy' else 'lower'} is better)")
-        axis.margins(x=0.3, y=0.15)
-    axes[0].legend(frameon=False, loc="best")
-
-    bars = {
-        "disagreement of members": [results[name]["disagreement"] for name in names],
-        "seconds per training epoch": [results[name]["epoch_seconds"] for name in names],
-        "parameters and buffers, MB": [results[name]["bytes"] / 1e6 for name in names],
-    }
-    for axis, (title, values) in zip(axes[2:], bars.items(), strict=True):
-        drawn = axis.bar(range(len(names)), values, color=colours)
-        axis.bar_label(drawn, fmt="%.3g", padding=2)
-        axis.margins(y=0.15)
-        axis.set_title(title)
-    for axis in axes:
-        axis.set_xticks(range(len(names)), [name.replace(" ", "\n").replace("BatchE", "Batch-\nE") for name in names])
+    for axis, key, label in (
+        (axes[0], "accuracy", "test accuracy, % (more is better)"),
+        (axes[1], "nll", "test NLL (less is better)"),
+    ):
+        for place, name, colour in zip(places, names, colours, strict=True):
+            values = [100 * value if key == "accuracy" else value for value in _of(results[name], key)]
+            axis.scatter(values, [place] * len(values), color=colour, alpha=0.5, s=36)
+            axis.scatter(_mean(values), place, color=colour, marker="D", s=110, edgecolor="black", zorder=3)
+            text = f"{_mean(values):.1f}" if key == "accuracy" else f"{_mean(values):.3f}"
+            axis.annotate(text, (_mean(values), place), xytext=(0, 11), textcoords="offset points", ha="center")
+        axis.set_title(label, fontsize=12)
+        axis.grid(axis="x", alpha=0.3)
+        axis.margins(x=0.12)
+    sizes = [results[name]["parameters"] / results[names[0]]["parameters"] for name in names]
+    bars = axes[2].barh(places, sizes, color=colours, height=0.55)
+    axes[2].bar_label(bars, fmt="%.3g ×", padding=3)
+    axes[2].set_title("parameters", fontsize=12)
+    axes[2].set_xlim(0, 1.3 * max(sizes))
+    for i, axis in enumerate(axes):
+        axis.set_yticks(places, labels if i == 0 else [""] * len(labels), fontsize=12)
+        axis.set_ylim(-0.5, len(names) - 0.3)
         axis.spines[["top", "right"]].set_visible(False)
     with write_whole(path) as part:
         figure.savefig(part, dpi=120, format="png")
