@@ -126,6 +126,10 @@ _SEED = 8
 """The state of the CPU's generator begins with the seed that it remembers, of so many bytes."""
 
 
+def _remembered(state: Tensor) -> bytes:
+    return bytes(state[:_SEED].tolist())
+
+
 class _Shared:
     """The CPU's global generator, which remembers a token instead of its seed while threads are in a `Drawing`.
 
@@ -138,7 +142,7 @@ class _Shared:
         self._upper = os.urandom(_SEED // 2)
         self._count = itertools.count()
         self._inside: WeakSet[Drawing] = WeakSet()  # an interrupted one may not leave
-        self._seed = torch.get_rng_state()[:_SEED]
+        self._seed = _remembered(torch.get_rng_state())
 
     def is_token(self, seed: bytes) -> bool:
         return seed.endswith(self._upper)
@@ -150,25 +154,28 @@ class _Shared:
 
     def own(self, state: Tensor) -> Tensor:
         """This state with the seed in the place of a token."""
-        return torch.cat([self._seed, state[_SEED:]]) if self.is_token(_remembered(state)) else state
+        return self._with(self._seed, state) if self.is_token(_remembered(state)) else state
 
     def write(self, state: Tensor) -> bytes:
         """Set a state; with a new token where a thread is in a `Drawing`. Returns what is remembered now."""
         with self.lock:
             state = self.own(state)
             if self._inside:
-                token = (next(self._count) % 2**32).to_bytes(_SEED // 2, sys.byteorder) + self._upper
-                state = torch.cat([torch.tensor(list(token), dtype=torch.uint8), state[_SEED:]])
+                state = self._with((next(self._count) % 2**32).to_bytes(_SEED // 2, sys.byteorder) + self._upper, state)
             with outside_transforms():  # torch.func.grad would refuse to write to a tensor of its surroundings
                 torch.set_rng_state(state)
             return _remembered(state)
+
+    def _with(self, seed: bytes, state: Tensor) -> Tensor:
+        with outside_transforms():  # else the new tensor is one of torch.func.grad, and no state
+            return torch.cat([torch.tensor(list(seed), dtype=torch.uint8), state[_SEED:]])
 
     def enter(self, drawing: Drawing) -> Tensor:
         """The state at the beginning of `drawing`."""
         with self.lock:
             now = torch.get_rng_state()
             if not self._inside:
-                self._seed = self.own(now)[:_SEED]
+                self._seed = _remembered(self.own(now))
             self._inside.add(drawing)
             return now
 
@@ -401,10 +408,6 @@ def drawing_apart(tensors: Any) -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Seeds
-
-
-def _remembered(state: Tensor) -> bytes:
-    return bytes(state[:_SEED].tolist())
 
 
 def _is_fresh(state: Tensor) -> bool:
