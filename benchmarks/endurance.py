@@ -307,11 +307,14 @@ def _start(*work: str) -> subprocess.Popen[str]:
 
 
 def _interrupted(worker: subprocess.Popen[str]) -> str:
-    """What a worker says after Ctrl-C; again after a second, for Python swallows an interrupt in a destructor."""
+    """What a worker says after Ctrl-C; again after a while, for Python swallows an interrupt in a destructor.
+
+    Not after a second: on a busy machine a process with torch takes longer to end.
+    """
     while True:
         worker.send_signal(signal.SIGINT)
         try:
-            return worker.communicate(timeout=1)[1]
+            return worker.communicate(timeout=20)[1]
         except subprocess.TimeoutExpired:
             continue
 

@@ -6,12 +6,15 @@ whatever has to draw the same numbers again draws them from copies.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -43,7 +46,7 @@ class RandomState(NamedTuple):
             return drawing.state
         devices = {leaf.device for leaf in pytree.tree_leaves(tensors)}
         cuda = sorted(device.index for device in devices if device.type == "cuda")
-        return cls(torch.get_rng_state(), {index: torch.cuda.get_rng_state(index) for index in cuda})
+        return cls(_shared.own(_shared.read()), {index: torch.cuda.get_rng_state(index) for index in cuda})
 
     @classmethod
     def seeded(cls, seed: int) -> RandomState:
@@ -55,7 +58,7 @@ class RandomState(NamedTuple):
         if drawing := _innermost():
             drawing.state = self
             return
-        torch.set_rng_state(self.cpu)
+        _shared.write(self.cpu)
         for index, state in self.cuda.items():
             torch.cuda.set_rng_state(state, index)
 
@@ -119,8 +122,73 @@ class Draws(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-_in_use: set[bytes] = set()
-"""The tokens of every `Drawing` that a thread is in."""
+_SEED = 8
+"""The state of the CPU's generator begins with the seed that it remembers, of so many bytes."""
+
+
+def _remembered(state: Tensor) -> bytes:
+    return bytes(state[:_SEED].tolist())
+
+
+class _Shared:
+    """The CPU's global generator, which remembers a token instead of its seed while threads are in a `Drawing`.
+
+    The upper half of a token says that it is one, the lower half counts. No token comes twice, and the last thread to
+    leave puts the seed back, so no thread takes what another one writes for an act of its model.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._upper = os.urandom(_SEED // 2)
+        self._count = itertools.count()
+        self._inside: WeakSet[Drawing] = WeakSet()  # an interrupted one may not leave
+        self._seed = _remembered(torch.get_rng_state())
+
+    def is_token(self, seed: bytes) -> bool:
+        return seed.endswith(self._upper)
+
+    def read(self) -> Tensor:
+        """The state, which no thread has borrowed."""
+        with self.lock:
+            return torch.get_rng_state()
+
+    def own(self, state: Tensor) -> Tensor:
+        """This state with the seed in the place of a token."""
+        return self._with(self._seed, state) if self.is_token(_remembered(state)) else state
+
+    def write(self, state: Tensor) -> bytes:
+        """Set a state; with a new token where a thread is in a `Drawing`. Returns what is remembered now."""
+        with self.lock:
+            state = self.own(state)
+            if self._inside:
+                state = self._with((next(self._count) % 2**32).to_bytes(_SEED // 2, sys.byteorder) + self._upper, state)
+            with outside_transforms():  # torch.func.grad would refuse to write to a tensor of its surroundings
+                torch.set_rng_state(state)
+            return _remembered(state)
+
+    def _with(self, seed: bytes, state: Tensor) -> Tensor:
+        with outside_transforms():  # else the new tensor is one of torch.func.grad, and no state
+            return torch.cat([torch.tensor(list(seed), dtype=torch.uint8), state[_SEED:]])
+
+    def enter(self, drawing: Drawing) -> Tensor:
+        """The state at the beginning of `drawing`."""
+        with self.lock:
+            now = torch.get_rng_state()
+            if not self._inside:
+                self._seed = _remembered(self.own(now))
+            self._inside.add(drawing)
+            return now
+
+    def leave(self, drawing: Drawing, state: Tensor | None) -> None:
+        """Go back to `state`; with None, stay."""
+        with self.lock:
+            self._inside.discard(drawing)
+            now = torch.get_rng_state()
+            if state is not None or (not self._inside and self.is_token(_remembered(now))):
+                self.write(now if state is None else state)
+
+
+_shared = _Shared()
 
 
 class Drawing(Draws):
@@ -129,6 +197,11 @@ class Drawing(Draws):
     For an operator without a `generator` argument, the global generator takes the copy's state for that one call. Where
     the model saves the state of the global generator, sets it or seeds it (`fork_rng`), the copy does the same: after
     each draw that generator remembers a seed of ours, a token, by which a state is known again.
+
+    Any number of threads may draw so at once, and afterwards the global generator is as it was. Until then its
+    `initial_seed()` is a token. Not exact is this alone: the model of one thread saves, sets or seeds the global
+    generator while another thread is in a `Drawing`; or a thread outside of any draws from it, or sets it, between the
+    read and the write of a token.
     """
 
     def __init__(self, state: RandomState, *, follow: bool = True) -> None:
@@ -144,7 +217,7 @@ class Drawing(Draws):
         """Whether the model has seeded the global generator before a draw."""
 
     def __enter__(self) -> Any:
-        self._outside = torch.get_rng_state()
+        self._outside = _shared.enter(self) if self._follows else _shared.read()
         self._was_set = False
         self._token = _remembered(self._outside)
         self._tokens = {self._token: self._start.cpu}
@@ -154,13 +227,9 @@ class Drawing(Draws):
 
     def __exit__(self, *of_error: Any) -> None:
         super().__exit__(*of_error)
-        self.follow()
-        if self._was_set:
-            with outside_transforms():
-                torch.set_rng_state(self._outside)
-        elif self._token != _remembered(self._outside) and self._token == _remembered(torch.get_rng_state()):
-            _mark(self._outside[:_SEED])
-        _in_use.difference_update(self._tokens)
+        if self._follows:
+            self.follow()
+            _shared.leave(self, self._outside if self._was_set else None)
 
     @property
     def state(self) -> RandomState:
@@ -205,7 +274,7 @@ class Drawing(Draws):
             return
         now = RandomState.of([torch.empty(0, device=f"cuda:{index}") for index in self._cuda])
         cuda_stayed = all(torch.equal(state, self._start.cuda[index]) for index, state in now.cuda.items())
-        if cuda_stayed and torch.equal(now.cpu, self._outside):
+        if cuda_stayed and torch.equal(now.cpu[_SEED:], self._outside[_SEED:]):
             self.state.restore()
         else:
             torch.rand(())
@@ -214,10 +283,10 @@ class Drawing(Draws):
         """Where the model has set or seeded the global generator, set the copy to match. Draws change no seed."""
         if not self._follows:
             return
-        now = torch.get_rng_state()
+        now = _shared.read()
         token = _remembered(now)
-        is_seeded = _is_fresh(now)
-        if (token == self._token and not is_seeded) or (token in _in_use and token not in self._tokens):
+        is_seeded = not _shared.is_token(token) and _is_fresh(now)
+        if (token == self._token and not is_seeded) or (_shared.is_token(token) and token not in self._tokens):
             return  # the second: another thread draws in the same way
         known = None if is_seeded else self._tokens.get(token)
         self._was_set |= known is None
@@ -229,10 +298,9 @@ class Drawing(Draws):
         """Let the global generator remember a new token."""
         if not self._follows:
             return
-        self._token = os.urandom(_SEED)
-        _in_use.add(self._token)
+        with _shared.lock:
+            self._token = _shared.write(torch.get_rng_state())
         self._tokens[self._token] = self._cpu.get_state()
-        _mark(torch.tensor(list(self._token), dtype=torch.uint8))
 
     def _of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator | None:
         """The copy for the device of this operation; None where there is none."""
@@ -243,15 +311,16 @@ class Drawing(Draws):
         """The result of an operator that takes no generator: for its one call the global ones are as the copies."""
         cpu = torch.default_generator
         pairs = [(cpu, self._cpu), *((torch.cuda.default_generators[index], own) for index, own in self._cuda.items())]
-        before = [there.get_state() for there, _ in pairs]
-        for there, own in pairs:
-            there.set_state(own.get_state())
-        try:
-            return func(*args, **kwargs)
-        finally:
-            for (there, own), state in zip(pairs, before, strict=True):
-                own.set_state(there.get_state())
-                there.set_state(state)
+        with _shared.lock:
+            before = [there.get_state() for there, _ in pairs]
+            for there, own in pairs:
+                there.set_state(own.get_state())
+            try:
+                return func(*args, **kwargs)
+            finally:
+                for (there, own), state in zip(pairs, before, strict=True):
+                    own.set_state(there.get_state())
+                    there.set_state(state)
 
 
 def _innermost() -> Drawing | None:
@@ -339,18 +408,6 @@ def drawing_apart(tensors: Any) -> Iterator[None]:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Seeds
-
-_SEED = 8
-"""The state of the CPU's generator begins with the seed that it remembers, of so many bytes."""
-
-
-def _mark(seed: Tensor) -> None:
-    with outside_transforms():  # torch.func.grad would refuse to write to a tensor of its surroundings
-        torch.set_rng_state(torch.cat([seed, torch.get_rng_state()[_SEED:]]))
-
-
-def _remembered(state: Tensor) -> bytes:
-    return bytes(state[:_SEED].tolist())
 
 
 def _is_fresh(state: Tensor) -> bool:

@@ -136,6 +136,31 @@ def test_where_another_thread_has_drawn_its_numbers_do_not_come_again() -> None:
     assert not torch.equal(torch.rand(4), others[0])
 
 
+def test_threads_that_draw_from_copies_do_not_disturb_each_other() -> None:
+    torch.manual_seed(0)
+    torch.rand(2)
+    start = RandomState.of([])
+    wrong: list[int] = []
+    works = [DRAWS["rand"], DRAWS["rand"], DRAWS["attention"]]  # the last one borrows the global generator
+
+    def draw(work: Callable[[], Any]) -> Any:
+        with Drawing(start):
+            return [work() for _ in range(3)]
+
+    def check(work: Callable[[], Any], want: Any) -> None:
+        for _ in range(150):
+            got = draw(work)
+            wrong.extend(1 for a, b in zip(got, want, strict=True) if not torch.equal(a, b))
+
+    threads = [threading.Thread(target=check, args=(work, draw(work))) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and torch.initial_seed() == 0
+    assert RandomState.of([]).equals(start)
+
+
 def test_one_number_seeds_a_generator_on_the_cpu() -> None:
     def source() -> torch.Generator:
         return torch.Generator().manual_seed(3)

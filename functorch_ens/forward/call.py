@@ -14,7 +14,8 @@ from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
 from functorch_ens.forward.settings import Settings
 from functorch_ens.forward.template import Modes, Templates
-from functorch_ens.forward.watch import Alone, Notes
+from functorch_ens.forward.watch import Alone, Notes, unmoved
+from functorch_ens.holds import Generator, global_generators
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.trees import Form, Static, take_apart
 
@@ -96,6 +97,8 @@ class Known:
     """Whether every layer is the same graph for any batch size under vmap."""
     unwatched: set[Hashable]
     """The kinds of calls in which the watch had nothing to do."""
+    outside: list[Generator]
+    """The generators that the model's code draws from, and that are not in its attributes."""
 
     def changed(self) -> str | None:
         """The name of a setting of the model that is not as the forward knows it; None where there is none."""
@@ -126,11 +129,12 @@ class Call:
         self.modes = modes
         self.is_traced = _torch.is_traced(inputs)
         self.notes: Notes | None = None
+        self._begun: dict[torch.Generator, Tensor] = {}
         self._known = known
         if not self.is_traced:  # Dynamo would guard the set, which grows
             self._situation = self._known_situation()
             self.notes = None if self._situation in known.unwatched else Notes()
-        self._alone = nullcontext() if self.notes is None else Alone(self.notes)
+            self._generators = self._left = known.templates.generators
         self._returns_buffers = buffers is not None
         given = [] if _torch.is_compiling() else [*params.shared.items(), *params.stacked.items()]
         self._versions = [(name, tensor, _torch.version(tensor)) for name, tensor in given]
@@ -145,8 +149,9 @@ class Call:
         flags = tuple(x.requires_grad for x in tensors)
         return torch.is_grad_enabled(), self.modes, flags, shapes, constants
 
-    def end_watch(self) -> None:
-        """After a call in which the modes of the watch had nothing to do: calls like it go without them."""
+    def end(self) -> None:
+        """After a call: the generators of the model go on, and calls like it go without a watch that found nothing."""
+        self._known.templates.generators = self._left
         if self.notes is not None and not self.notes.are_needed and self._situation is not None:
             self._known.unwatched.add(self._situation)
 
@@ -161,10 +166,12 @@ class Call:
             output, new = templates.traced(self.modes, weights, copies, args, kwargs)
         else:
             template = templates.take()
+            template.generators = self._generators  # all members begin where the call does, also in a backward pass
             try:
-                with self._alone:
+                with nullcontext() if self.notes is None else Alone(self.notes, self._begun, template.owns):
                     written = None if self.notes is None else self._known.written
                     output, new = template(self.modes, weights, copies, args, kwargs, written)
+                self._left = template.generators
             except Exception:
                 templates.idle.append(template)
                 raise
@@ -190,9 +197,14 @@ class Call:
         output = form.rebuild(iter(returned.tensors))
         return (output, returned.buffers) if self._returns_buffers else output
 
+    @property
+    def outside(self) -> list[Generator]:
+        """The generators that the model may draw from, and that are neither torch's nor in its attributes."""
+        return [*self._known.outside, *global_generators()]
+
     def again(self) -> AbstractContextManager[None]:
-        """Context for members that a backward pass computes again: generators of the model are put back afterwards."""
-        return self._alone.again() if isinstance(self._alone, Alone) else nullcontext()
+        """Context for members that a backward pass computes again, which leaves generators as they were."""
+        return unmoved(self._begun)
 
     def check_parameters(self) -> None:
         """ValueError, naming them, where the model has written to its parameters, and so to the caller's."""

@@ -21,6 +21,7 @@ from functorch_ens.forward.run import run
 from functorch_ens.forward.settings import Settings
 from functorch_ens.forward.template import Modes, Templates
 from functorch_ens.forward.watch import may_be_wrong
+from functorch_ens.holds import Generator, generator, held, is_iterator
 from functorch_ens.layers.conv import CONVOLUTION
 from functorch_ens.layers.norm import RUNNING_NORM
 from functorch_ens.layers.operators import SIDES
@@ -110,12 +111,27 @@ class Forward:
         norms = anatomy.instances(RUNNING_NORM).items()
         self._norms = [(anatomy.written.index(norm), name, norm) for name, norm in norms]
         templates, settings = Templates(anatomy, rank1_side), Settings(anatomy)
-        self._known = Known(anatomy, templates, settings, set(), takes_any_size(anatomy), set())
+        outside = self._outside(model, chunk_size)
+        self._known = Known(anatomy, templates, settings, set(), takes_any_size(anatomy), set(), outside)
         self._may_be_wrong = may_be_wrong(anatomy.modules.values())
         self._has_computed = False
         found = obstacle(anatomy)
         self._plans = plans_for(strategy, randomness, chunk_size, found)
         self._use(found or self.plan.reason("") if self._is_free else "it was asked for", logging.INFO)
+
+    def _outside(self, model: nn.Module, chunk_size: int | None) -> list[Generator]:
+        """The generators that a backward pass sets back, and that are not in attributes; only chunks need them."""
+        found = [] if chunk_size is None else list(held(model, by_code=True))
+        iterators = {name or self._anatomy.kind for name, value in found if is_iterator(value)} - self._told
+        if iterators:
+            self._told |= iterators
+            log.warning(
+                "%s: the code of %s uses an iterator that is no attribute, and cannot be set back: if the forward "
+                "advances it, the gradients of chunks are wrong. Keep it in an attribute, or leave out chunk_size",
+                self._anatomy.kind,
+                ", ".join(sorted(iterators)),
+            )
+        return [each for _, value in found if (each := generator(value))]
 
     def refresh(self) -> None:
         """Where the user has changed the model since, look at it anew, and raise `revision`."""
@@ -125,7 +141,9 @@ class Forward:
         with self._lock:
             if self._known.changed() is None:  # another thread has come first
                 return
+            before = self._known.templates
             self._build()
+            self._known.templates.go_on_from(before)
             self.revision += 1
         level = logging.WARNING if self.revision == 2 else logging.INFO
         log.log(
@@ -286,7 +304,7 @@ class Forward:
                 raise
             if failure is not None:
                 self._settle(plans, index, failure)
-            call.end_watch()
+            call.end()
             self._has_computed = True
             if self._known.settings.kept:
                 self.tell_kept()

@@ -5,12 +5,8 @@
 
 from __future__ import annotations
 
-import pickle
-import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +17,7 @@ from functorch_ens import _torch
 from functorch_ens._torch import pytree
 from functorch_ens.anatomy import is_numeric
 from functorch_ens.forward.failures import interrupt_in
+from functorch_ens.holds import Generator, same_state
 from functorch_ens.rng import Drawing, RandomState
 
 Result = TypeVar("Result", bound=tuple[Any, ...])
@@ -30,12 +27,14 @@ def recomputed(
     function: Callable[[Any], Result],
     argument: Any,
     replay: Callable[[], AbstractContextManager[None]],
+    generators: list[Generator],
 ) -> Result:
     """`function(argument)`, from a pytree of tensors to a tuple of them; a backward pass computes it again.
 
-    The second call runs within `replay()`, from the random state and the autocast settings of the first. Inside
-    `torch.func.grad` only the first entry of the tuple has a gradient. torch.compile plans memory by itself, and
-    forward-mode derivatives have no backward pass: under both, nothing is computed again.
+    The second call runs within `replay()`, from the autocast settings and the random state of the first: that of torch,
+    and of those `generators` that it has drawn from. Inside `torch.func.grad` only the first entry of the tuple has a
+    gradient. torch.compile plans memory by itself, and forward-mode derivatives have no backward pass: under both,
+    nothing is computed again.
     """
     leaves, spec = pytree.tree_flatten(argument)
     trained = [leaf.requires_grad for leaf in leaves]
@@ -63,7 +62,7 @@ def recomputed(
         return tuple(leaf.detach() for leaf in outputs)
 
     before, casts = RandomState.of(leaves), _autocasts(leaves)
-    others = [(read, read(), write) for read, write in _other_generators()]
+    states = [(each, each.read()) for each in generators]
 
     @contextmanager
     def again() -> Iterator[None]:
@@ -71,7 +70,7 @@ def recomputed(
             yield
 
     outputs = _Recomputed.apply(first_time, flat, again, lambda: constant, *leaves)
-    drew = [(read, state, write) for read, state, write in others if pickle.dumps(read()) != pickle.dumps(state)]
+    drew = [(each, state) for each, state in states if not same_state(each.read(), state)]
     result: Result = pytree.tree_unflatten(list(outputs), form)
     return result
 
@@ -133,28 +132,17 @@ class _Recomputed(torch.autograd.Function):
         return *nothing, *(results.get(index) for index in range(len(tensors)))
 
 
-_Generator = tuple[Callable[[], Any], Any, Callable[[Any], None]]
-"""How to read the state of a generator, a state, and how to set one."""
-
-
-def _other_generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None]]]:
-    """How to read and set the global generators of Python and, where it is in use, of NumPy."""
-    yield random.getstate, random.setstate
-    if numpy := sys.modules.get("numpy"):
-        yield partial(numpy.random.get_state, legacy=False), numpy.random.set_state
-
-
 @contextmanager
-def _from(generators: list[_Generator]) -> Iterator[None]:
+def _from(states: list[tuple[Generator, Any]]) -> Iterator[None]:
     """These generators begin at their states, and go on afterwards from where they were."""
-    now = [(read(), write) for read, _, write in generators]
-    for _, state, write in generators:
-        write(state)
+    now = [each.read() for each, _ in states]
+    for each, state in states:
+        each.write(state)
     try:
         yield
     finally:
-        for own, write in now:
-            write(own)
+        for (each, _), own in zip(states, now, strict=True):
+            each.write(own)
 
 
 def _autocasts(tensors: list[Tensor]) -> Callable[[], AbstractContextManager[Any]]:

@@ -25,7 +25,7 @@ def run(call: Call, plan: Plan) -> Returned:
     returned = []
     for index, chunk in enumerate(chunks):
         with parts.part(last=index == len(chunks) - 1):
-            returned.append(recomputed(lambda chunk: plan.compute(call, chunk), chunk, call.again))
+            returned.append(recomputed(lambda chunk: plan.compute(call, chunk), chunk, call.again, call.outside))
     return combined(returned, _join, torch.cat)
 
 

@@ -6,14 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Set
 from functools import partial
 from operator import is_
-from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
-from functorch_ens.copies import INTERNAL, attributes, bytes_of, contents, is_array
+from functorch_ens.holds import INTERNAL, attributes, bytes_of, contents, is_array
 
 _SIMPLE = (bool, int, float, complex, str, bytes)
 _GONE = object()
@@ -111,8 +110,6 @@ class Settings:
             self._add(place, value, _memory, _whole)
         elif isinstance(value, partial):
             self._add(place, value.keywords, dict, _attribute)
-        elif isinstance(value, MethodType):
-            self._remember(place, value.__self__)
         elif attributes(value) is not None:
             self._add(place, value, _fields, _attribute)
         if isinstance(value, dict | list | set | deque) and attributes(value):  # of a class of the user's own

@@ -1,4 +1,7 @@
-"""A snapshot of a module tree, which undoes the changes (caches, counters, lists) that a forward makes to it."""
+"""A snapshot of a module tree, which undoes the changes (caches, counters, lists) that a forward makes to it.
+
+Generators of random numbers are not in it: they go on from call to call.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from functorch_ens import _torch
-from functorch_ens.copies import INTERNAL, UNSET, attributes, bytes_of, contents, is_array, read_slot, slots_of
+from functorch_ens.holds import INTERNAL, UNSET, attributes, bytes_of, contents, is_array, read_slot, slots_of
 
 # An older Dynamo cannot trace the `__dict__` of a module.
 TRACES_DICT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
@@ -26,6 +29,7 @@ class Snapshot:
         # Each module, all its attributes, and those among them that not every module has.
         self._modules: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._objects: list[tuple[Any, dict[str, Any]]] = []
         self._lists: list[tuple[list[Any] | deque[Any], list[Any]]] = []
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._slotted: list[tuple[Any, Any, Any]] = []
@@ -63,8 +67,10 @@ class Snapshot:
             if bytes_of(value) is not None:
                 self._arrays.append((value, value.copy()))
         elif attributes(value) is not None:
-            own = getattr(value, "__dict__", {})
-            self._dicts.append((own, dict(own)))
+            own = getattr(value, "__dict__", None)
+            if own is not None:
+                self._dicts.append((own, dict(own)))
+                self._objects.append((value, dict(own)))
             self._slotted += [(value, slot, read_slot(slot, value)) for slot in slots_of(value).values()]
         for item in contents(value):
             self._remember(item, owned)
@@ -108,10 +114,10 @@ class Snapshot:
 
     def _reassign(self) -> None:
         """Undo assignments to attributes that the snapshot has. New attributes stay."""
-        for module, _, own in self._modules:
+        for holder, own in [*self._objects, *((module, own) for module, _, own in self._modules)]:
             for name, value in own.items():
-                if getattr(module, name) is not value:
-                    setattr(module, name, value)
+                if getattr(holder, name) is not value:
+                    setattr(holder, name, value)
 
 
 def _write(tensor: Tensor, value: Tensor) -> None:

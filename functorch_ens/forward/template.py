@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Mapping
 from functools import cached_property, partial
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from functorch_ens.checks import first_line
 from functorch_ens.copies import check_replaceable, copy_structure
 from functorch_ens.forward.settings import Settings
 from functorch_ens.forward.snapshot import Snapshot
+from functorch_ens.holds import generator, held, same_state
 from functorch_ens.layers.registry import specialise
 from functorch_ens.layers.weight import Rank1
 
@@ -50,6 +52,7 @@ class Template:
         self._hooks = {name: hooks for name, tensor in anatomy.parameters.items() if (hooks := _torch.hooks_of(tensor))}
         self._pristine = Snapshot(self._module, {id(value) for value in memo.values()})
         self._blank = blank
+        self._generators = [found for _, value in held(self._module) if (found := generator(value))]
 
     def __call__(
         self,
@@ -83,6 +86,20 @@ class Template:
             self._pristine.restore()
         # Where the forward assigned a new tensor to a buffer, functional_call has put that into the dict.
         return output, {name: given[name] for name in buffers}
+
+    @property
+    def generators(self) -> list[Any]:
+        """The states of all generators of random numbers that the model holds, besides torch's global ones."""
+        return [each.read() for each in self._generators]
+
+    @generators.setter
+    def generators(self, states: list[Any]) -> None:
+        for each, state in zip(self._generators, states, strict=True):
+            each.write(state)
+
+    def owns(self, source: Any) -> bool:
+        """Whether `source` is one of these generators."""
+        return any(each.source is source for each in self._generators)
 
     @cached_property
     def _settings(self) -> Settings:
@@ -148,11 +165,19 @@ class Templates:
         self._make = torch.inference_mode(False)(partial(Template, anatomy, side))  # for calls outside of it too
         self.traced = self._make()
         self.idle: deque[Template] = deque()
+        self.generators = self._first = self.traced.generators
+        """The states of the generators of a template, where the last call has left them and the next one begins."""
         self._kind = anatomy.kind
         self._told: set[bool] = set()
         late = [name for name, tensor in anatomy.parameters.items() if _torch.has_late_hooks(tensor)]
         if late:
             log.warning("%s: hooks that run after the gradients of %s are accumulated do not run", anatomy.kind, late)
+
+    def go_on_from(self, before: Templates) -> None:
+        """Begin where the calls of templates that were made `before` have left the generators of the same model."""
+        pairs = list(zip(self._first, before._first, strict=False))
+        if len(pairs) == len(self.generators) and all(starmap(same_state, pairs)):  # else the user has set one
+            self.generators = before.generators
 
     def take(self) -> Template:
         """A template for one call alone. It is given back to `idle`, unless the call was interrupted."""

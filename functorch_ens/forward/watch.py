@@ -13,7 +13,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from functorch_ens import _torch
 from functorch_ens._torch import pytree
 from functorch_ens.forward.failures import VmapCannot, is_transient
+from functorch_ens.holds import names
 from functorch_ens.rng import Draws, was_seeded
 
 _IN_PLACE = "whose backward pass fails"
@@ -253,14 +254,16 @@ class _Watch(InsideMode):
 class Alone(TorchFunctionMode):
     """Around each member: what one network would have to itself, and members of an ensemble share.
 
-    All members draw the same numbers from a generator that is not torch's global one: each begins where the first one
-    began. And `as_strided` counts from the beginning of a member's tensor, not of the memory that all members share.
+    All members draw the same numbers from a generator that is given to an operator: each begins where the first one
+    began, which is noted in `begun`. Those that the template `owns` begin there anyway. And `as_strided` counts from
+    the beginning of a member's tensor, not of the memory that all members share.
     """
 
-    def __init__(self, notes: Notes) -> None:
+    def __init__(self, notes: Notes, begun: dict[torch.Generator, Tensor], owns: Callable[[Any], bool]) -> None:
         super().__init__()
         self._notes = notes
-        self._begun: dict[torch.Generator, Tensor] = {}
+        self._begun = begun
+        self._owns = owns
 
     def __enter__(self) -> Any:
         for generator, state in self._begun.items():
@@ -272,7 +275,7 @@ class Alone(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         generator = kwargs.get("generator")
-        if generator is not None and generator not in self._begun:
+        if generator is not None and generator not in self._begun and not self._owns(generator):
             self._notes.are_needed = True
             self._begun[generator] = generator.get_state()
         if func in _STRIDED and args[0].is_contiguous() and not _torch.is_wrapped(args[0]):
@@ -280,15 +283,16 @@ class Alone(TorchFunctionMode):
             args = (args[0].clone(), *args[1:])
         return func(*args, **kwargs)
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Around members that are computed again later. Afterwards the generators are as they were before."""
-        now = {generator: generator.get_state() for generator in self._begun}
-        try:
-            yield
-        finally:
-            for generator, state in now.items():
-                generator.set_state(state)
+
+@contextmanager
+def unmoved(begun: Iterable[torch.Generator]) -> Iterator[None]:
+    """Leaves these generators as they are now."""
+    now = {generator: generator.get_state() for generator in begun}
+    try:
+        yield
+    finally:
+        for generator, state in now.items():
+            generator.set_state(state)
 
 
 _STRIDED = {each for name in ("as_strided", "as_strided_copy", "as_strided_scatter") for each in _functions(name)}
@@ -309,13 +313,6 @@ def may_be_wrong(modules: Iterable[nn.Module]) -> bool:
     for module in modules:
         theirs = [cls for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "functorch_ens."))]
         functions = [*(value for cls in theirs for value in vars(cls).values()), *_torch.forward_hooks_of(module)]
-        if any(isinstance(each, FunctionType) and not _ASKED.isdisjoint(_names(each.__code__)) for each in functions):
+        if any(isinstance(each, FunctionType) and not _ASKED.isdisjoint(names(each.__code__)) for each in functions):
             return True
     return False
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from functools import partial
@@ -13,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from cases import randn
 from measure import peak_memory
-from oracle import assert_same, both_kinds, gradients
+from oracle import assert_same, both_kinds, gradients, loop
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 from torch.utils import _pytree as pytree
 
 import functorch_ens as fe
+from functorch_ens.holds import generator, held
 
 E = 8
 
@@ -105,7 +107,7 @@ def test_what_is_computed_again_draws_the_same_random_numbers(strategy: str, ran
     def whole(x: Tensor) -> Tensor:
         torch.manual_seed(1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("functorch_ens.forward.run.recomputed", lambda function, argument, replay: function(argument))
+            patch.setattr("functorch_ens.forward.run.recomputed", lambda function, argument, *_: function(argument))
             return forward(params, x, buffers=buffers)[0]
 
     assert_same(whole(x), output)
@@ -318,6 +320,155 @@ def test_what_the_generators_outside_of_torch_gave_is_given_again(name: str, way
     got = torch.autograd.grad(loss(params), leaves) if way == "autograd" else pytree.tree_leaves(grad(loss)(params))
     assert draw() == after  # backward has left the generator where the forward left it
     assert_same(list(got), list(wanted))
+
+
+def _partial_of(rng: random.Random) -> Callable[[], float]:
+    return partial(rng.uniform, 0.5, 2.0)
+
+
+class _Held:
+    """An object that draws."""
+
+    def __init__(self, rng: Any) -> None:
+        self.inside = {"rng": [rng]}
+
+    def __call__(self) -> float:
+        return float(self.inside["rng"][0].random())
+
+
+HELD: dict[str, Callable[[], Callable[[], float]]] = {
+    "Python": lambda: random.Random(3).random,
+    "Python, normal": lambda: partial(random.Random(3).gauss, 2.0, 1.0),
+    "Python in an object": lambda: _Held(random.Random(3)),
+    "partial": lambda: _partial_of(random.Random(3)),
+    "NumPy in an object": lambda: _Held(np.random.default_rng(3)),
+    **{
+        kind.__name__: lambda kind=kind: _Held(np.random.Generator(kind(3)))  # type: ignore[misc]
+        for kind in (np.random.MT19937, np.random.Philox, np.random.SFC64)
+    },
+    "NumPy, old": lambda: _Held(np.random.RandomState(3)),
+    "count": lambda: partial(next, itertools.count(1)),
+    "method of count": lambda: itertools.count(1).__next__,
+    "cycle": lambda: partial(next, itertools.cycle([0.5, 2.0, 3.0])),
+    "iterator of a list": lambda: iter([0.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]).__next__,
+    "islice": lambda: partial(next, itertools.islice(itertools.count(1), 1, None, 2)),
+}
+NOT_COPIED = {"Python"}  # a method of a built-in class: copy.deepcopy leaves it, and the generator, as they are
+ITERATORS = {"count", "method of count", "cycle", "iterator of a list", "islice"}
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("way", ["autograd", "torch.func"])
+@pytest.mark.parametrize("name", HELD)
+def test_what_the_model_holds_gives_the_same_to_all_members_and_again(name: str, way: str, strategy: str) -> None:
+    model, x, fresh = _Masked(HELD[name]()).double(), randn(5, 3), HELD[name]()
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model, strategy=strategy, chunk_size=1)
+    leaves = pytree.tree_leaves(params)
+    for _ in range(3):
+        first = fresh()
+        given = [first, fresh(), fresh()] if name in NOT_COPIED else [first] * 3
+        if name in ITERATORS:  # memory of the model, with which each call begins anew; generators go on
+            fresh = HELD[name]()
+        losses = [_own_loss(params, i, x * given[i]) for i in range(3)]
+        wanted = torch.autograd.grad(torch.stack(losses).sum(), leaves)
+
+        def loss(params: fe.EnsembleParams) -> Tensor:
+            return forward(params, x).square().sum()
+
+        got = torch.autograd.grad(loss(params), leaves) if way == "autograd" else pytree.tree_leaves(grad(loss)(params))
+        assert_same(list(got), list(wanted))
+    if name not in NOT_COPIED:
+        assert model.draw() == HELD[name]()()  # the user's own has given nothing
+
+
+@pytest.mark.parametrize("make", [lambda: torch.Generator().manual_seed(3), lambda: random.Random(3)])
+def test_generators_go_on_in_any_copy_of_the_model(make: Callable[[], Any]) -> None:
+    def draw(rng: Any) -> float:
+        return rng.random() if isinstance(rng, random.Random) else torch.empty(1).normal_(generator=rng).item()
+
+    model, x, rng = _Masked(partial(draw, make())).double(), randn(5, 3), make()
+    params, forward = fe.ensemble_params(model, 2), fe.make_forward(model, strategy="loop", chunk_size=1)
+    leaves = pytree.tree_leaves(params)
+    for _ in range(3):
+        given = draw(rng)
+        want = torch.autograd.grad(sum(_own_loss(params, i, x * given) for i in range(2)), leaves)  # type: ignore[arg-type]
+        loss = forward(params, x).square().sum()
+        held_by_another_thread = forward._known.templates.take()
+        assert_same(list(torch.autograd.grad(loss, leaves)), list(want))
+        del held_by_another_thread
+        model.register_forward_hook(lambda *_: None)  # so that the forward is made anew
+
+
+RNG = np.random.default_rng(0)
+
+
+def _of_a_class() -> type[_Masked]:
+    class Of(_Masked):
+        rng = random.Random(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer((x * self.rng.random()).tanh())
+
+    return Of
+
+
+def _of_a_global() -> float:
+    return float(RNG.random())
+
+
+def _of_a_closure() -> Callable[[], float]:
+    held = [random.Random(4)]
+    return lambda: held[0].random()
+
+
+def _of_a_default() -> Callable[[], float]:
+    rng = random.Random(4)
+
+    def draw(*, own: random.Random = rng) -> float:
+        return own.random()
+
+    return draw
+
+
+BY_CODE: dict[str, Callable[[], _Masked]] = {
+    "attribute of the class": lambda: _of_a_class()(float),
+    "global variable": lambda: _Masked(_of_a_global),
+    "global variable, further on": lambda: _Masked(lambda: _of_a_global()),
+    "closure": lambda: _Masked(_of_a_closure()),
+    "default": lambda: _Masked(_of_a_default()),
+}
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("name", BY_CODE)
+def test_what_the_code_draws_from_is_given_again_in_backward(name: str, strategy: str) -> None:
+    model, x = BY_CODE[name]().double(), randn(5, 3)
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model, strategy=strategy, chunk_size=1)
+    found = next(each for _, value in held(model, by_code=True) if (each := generator(value)))
+    start, leaves = found.read(), pytree.tree_leaves(params)
+    want = torch.autograd.grad(loop(model, params, x).square().sum(), leaves)
+    end = found.read()
+    found.write(start)
+    got = torch.autograd.grad(forward(params, x).square().sum(), leaves)
+    assert_same(list(got), list(want))
+    assert found.read() == end
+
+
+def test_an_iterator_that_cannot_be_set_back_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    numbers = (float(i) for i in range(9))
+    model = nn.Sequential(nn.Linear(3, 2), _Masked(lambda: next(numbers)))
+    fe.make_forward(model)
+    assert not caplog.messages
+    fe.make_forward(model, chunk_size=1)
+    (message,) = caplog.messages
+    assert "the code of 1.draw uses an iterator that is no attribute" in message
+
+
+def test_an_iterator_that_cannot_be_copied_is_an_error_that_names_it() -> None:
+    model = nn.Sequential(_Masked(partial(next, (float(i) for i in range(9)))))
+    with pytest.raises(TypeError) as error:
+        fe.make_forward(model)
+    assert "0.draw of Sequential could not be copied" in error.value.__notes__[0]
 
 
 def _own_loss(params: fe.EnsembleParams, i: int, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from functools import partial
 from typing import Any
@@ -133,3 +134,32 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     assert_same(gradients(forward, params, x), gradients(partial(loop, model), params, x))
     assert_same(forward(params, x), first.clone())
     assert forward.strategy == "vmap"
+
+
+class _Counting(nn.Module):
+    """Counts in an object and by an iterator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.inside = _Calls()
+        self.count = itertools.count(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inside.number += 1
+        return self.layer(x) * self.inside.number + next(self.count)
+
+
+class _Calls:
+    def __init__(self) -> None:
+        self.number = 2
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_objects_and_iterators_do_not_leak_from_compiled_calls(strategy: str) -> None:
+    model, x = _Counting().double(), randn(4, 3)
+    params, forward = fe.ensemble_params(model, 3), fe.make_forward(model, strategy=strategy)
+    want, compiled = forward(params, x), compile_whole(forward)
+    for _ in range(3):
+        assert_same(compiled(params, x), want)
+        assert_same(forward(params, x), want)
