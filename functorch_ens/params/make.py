@@ -19,7 +19,7 @@ from functorch_ens.checks import (
     check_positive_int,
 )
 from functorch_ens.params.fresh import fresh_members
-from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.params.pytree import EnsembleParams, check_names
 from functorch_ens.params.select import Selector, choose_parameters, choose_rank1
 from functorch_ens.rng import cpu_generator
 
@@ -76,7 +76,7 @@ def ensemble_params(
         raise ValueError(f"stacked: chooses no parameter of the model, got {stacked!r}")
     shared = {name: own[name].detach().clone() for name in own if name not in owned}
     if reset is False:
-        stacks = _repeated(own, owned, E)
+        stacks = repeated(own, owned, E)
     else:
         factory = None if reset is True else reset
         stacks = fresh_members(anatomy, dict.fromkeys(owned, E), factory, cpu_generator(generator), stacklevel=3)
@@ -148,21 +148,18 @@ def batchensemble_params(
     source = cpu_generator(generator)
     base: Mapping[str, Tensor] = own
     if use_base_weights:
-        stacks = _repeated(own, owned, E)
+        stacks = repeated(own, owned, E)
     else:
         copies = {name: E if name in owned else 1 for name in own}
         stacks = fresh_members(anatomy, copies, None, source, stacklevel=3)
         base = {name: stacks.pop(name)[0] for name in own if name not in owned}
-    stacks |= _repeated(base, biases, E)
+    stacks |= repeated(base, biases, E)
     shared = {name: base[name].detach().clone() for name in own if name not in stacks}
 
     vectors: dict[str, Tensor] = {}
     for name in weights:
         r_name, s_name = rank1_names(name)
-        if name not in anatomy.layouts:
-            raise ValueError(
-                f"model: it already has a parameter named {r_name} or {s_name}; leave {name} out of layers"
-            )
+        check_names(name, anatomy)
         for vector, mean, std in ((r_name, r_mean, r_std), (s_name, s_mean, s_std)):
             (length,) = anatomy.vectors[vector]
             vectors[vector] = _vector(init, E, length, mean, std, source).to(own[name])
@@ -175,7 +172,7 @@ def ensemble_buffers(model: nn.Module, E: int) -> dict[str, Tensor]:
     Raises TypeError or ValueError as `ensemble_params` does.
     """
     buffers = Anatomy(model).buffers
-    return _repeated(buffers, buffers, check_positive_int(E, "E"))
+    return repeated(buffers, buffers, check_positive_int(E, "E"))
 
 
 def _biases(anatomy: Anatomy, weights: Sequence[str]) -> list[str]:
@@ -197,7 +194,7 @@ def _vector(init: str, E: int, length: int, mean: float, std: float, source: tor
     return mean + std * torch.randn(E, length, generator=source, dtype=torch.float64, device="cpu")
 
 
-def _repeated(tensors: Mapping[str, Tensor], names: Iterable[str], E: int) -> dict[str, Tensor]:
+def repeated(tensors: Mapping[str, Tensor], names: Iterable[str], E: int) -> dict[str, Tensor]:
     """`{name: [E, ...]}`, the same values for every member."""
     return {name: normal(repeat(tensors[name].detach(), "... -> E ...", E=E).clone()) for name in names}
 
