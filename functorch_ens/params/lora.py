@@ -71,7 +71,7 @@ def lora_params(
     scale = 1.0 if alpha is None else check_number(alpha, "alpha", minimum=0) / rank
     if not scale:
         raise ValueError(f"alpha: expected a finite number > 0, got {alpha!r}: A and B would both be 0 for ever")
-    if isinstance(init, str) or not callable(init):
+    if isinstance(init, str | nn.Module) or not callable(init):
         check_option(init, ("uniform", "normal"), "init", or_else="or a function (name, shape, generator)")
     else:
         check_callable(init, "init", "a function (name, shape, generator)", ["name", "shape", "generator"])
@@ -100,7 +100,7 @@ def lora_params(
         start = _start(init, A, (E, rank, int(into)), 1 if is_lookup else int(into), source)
         factors[A] = (scale * start).to(own[name])
         factors[B] = own[name].new_zeros(E, int(out), rank)
-    shared = {name: own[name].detach().clone().requires_grad_(False) for name in own if name not in owned}
+    shared = {name: normal(own[name].detach().clone()) for name in own if name not in owned}
     trained = factors | repeated(own, owned, E)
     return EnsembleParams(shared, {name: normal(x).requires_grad_(is_numeric(x)) for name, x in trained.items()})
 
