@@ -46,7 +46,6 @@ def pointwise(x: Tensor, matrix: Tensor, groups: int, spatial: int) -> Tensor:
     """
     if groups == 1 and not spatial:
         return linear(x, matrix)
-    x, matrix = autocast(x, matrix)
     lead, places = x.shape[: x.ndim - 1 - spatial], x.shape[x.ndim - spatial :]
     rows = x.reshape(*lead, groups, matrix.shape[1], prod(places))
     y = rearrange(matrix, "(g o) c -> g o c", g=groups) @ rows

@@ -374,7 +374,11 @@ def test_hooks_on_a_weight_see_the_gradient_of_the_merged_one() -> None:
     seen: list[Tensor] = []
     model.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
     params = low_rank(model, 2, 2, rank1=True)
-    fe.make_forward(model, strategy="loop")(params, x).sum().backward()
+    output = fe.make_forward(model, strategy="loop")(params, x)
+    assert_same(
+        output, torch.stack([F.linear(x, member_weights(model, params, i)["weight"], model.bias) for i in (0, 1)])
+    )
+    output.sum().backward()
     want = torch.ones(5, 4, dtype=torch.float64).T @ x
     assert len(seen) == 2
     for gradient in seen:
