@@ -83,7 +83,7 @@ def of_params(
 def of_modules(modules: list[nn.Module], batch: tuple[Tensor, Tensor]) -> Contender:
     """A loop over ordinary networks."""
     x, y = batch
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    parameters: list[Tensor] = [parameter for module in modules for parameter in module.parameters()]
 
     def infer() -> list[Tensor]:
         with torch.no_grad():

@@ -230,10 +230,10 @@ class Anatomy:
             self.factors |= dict(zip((A, B), layout.factors(parameters[name]), strict=True))
             for site in self.sites[name]:
                 self.weights.setdefault(site.module, {})[site.leaf] = name
-        self.pairs = [rank1_names(name) for name in self.layouts]
-        """The names of the `r` and `s` that belong together."""
+        self.pairs = [pair for name in self.layouts for pair in (rank1_names(name), lora_names(name))]
+        """The names of what belongs together: `r` and `s`, `A` and `B`."""
         self.factor_pairs = [lora_names(name) for name in self.layouts]
-        """The names of the `A` and `B` that belong together."""
+        """Those of `A` and `B` alone."""
         self.every_shape: dict[str, tuple[int | str, ...]] = {**self.shapes, **self.vectors, **self.factors}
         """The shapes of all tensors that the parameters of an ensemble can have, without the member axis."""
 

@@ -8,7 +8,7 @@ layouts and rules by `rank1_layout` and `rank1_rule`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -30,9 +30,9 @@ class Rule(NamedTuple):
     lora: bool
     """Whether it serves low-rank weights too."""
 
-    def serves(self, given: Mapping[str, bool]) -> bool:
-        """Whether it serves the weights of a layer in which members differ: `given` says which of them are low-rank."""
-        return given.keys() == self.weights and (self.lora or not any(given.values()))
+    def serves(self, weights: Set[str], low_rank: bool) -> bool:
+        """Whether it serves a layer in which members differ in just these `weights`, some of which are `low_rank`."""
+        return weights == self.weights and (self.lora or not low_rank)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _subclass(
         own = _torch.parameters_of(self)
         found = {leaf: member_weight(own, leaf, layout, side) for leaf, layout in layouts}
         weights = {leaf: weight for leaf, weight in found.items() if weight is not None}
-        if not rule.serves({leaf: weight.A is not None for leaf, weight in weights.items()}):
+        if not rule.serves(weights.keys(), any(weight.A is not None for weight in weights.values())):
             return plain(self, *args, **kwargs)
         return rule.forward(self, *args, **weights, **kwargs)
 

@@ -117,7 +117,8 @@ class Rank1(NamedTuple):
 def member_weight(tensors: Mapping[str, Tensor | None], name: str, layout: Layout, side: str = "auto") -> Rank1 | None:
     """One member's weight `name` among its `tensors`; None where it is the plain weight, or is not there."""
     weight = tensors[name]
-    r, s, A, B = (tensors.get(each) for each in member_names(name))
+    r_name, s_name, A_name, B_name = member_names(name)
+    r, A = tensors.get(r_name), tensors.get(A_name)
     if weight is None or (r is None and A is None):
         return None
-    return Rank1(weight, r, s, layout, side, A, B)
+    return Rank1(weight, r, tensors.get(s_name), layout, side, A, tensors.get(B_name))

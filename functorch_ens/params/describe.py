@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from functorch_ens.anatomy import Anatomy, Site, lora_names, member_names, rank1_names
+from functorch_ens.anatomy import Anatomy, Site, lora_names, rank1_names
 from functorch_ens.layers.registry import rule_for
 from functorch_ens.params.pytree import EnsembleParams, check_kinds, check_params
 from functorch_ens.tables import aligned
@@ -113,22 +113,24 @@ def describe(model: nn.Module, params: EnsembleParams) -> Description:
     check_kinds(params, None, anatomy)
     tensors = {**params.shared, **params.stacked}
 
-    added = {name: [each for each in member_names(name) if each in tensors] for name in anatomy.layouts}
-    """The names of what members add to each weight."""
+    kinds = {"r, s": rank1_names, "lora": lora_names}
+    added = {
+        name: {
+            kind: [tensors[each] for each in names(name)] for kind, names in kinds.items() if names(name)[0] in tensors
+        }
+        for name in anatomy.layouts
+    }
+    """By weight, what members add to it, of each kind."""
 
     def held(name: str) -> str:
-        mine, (factor, _) = added.get(name, ()), lora_names(name)
-        return (
-            ("stacked" if name in params.stacked else "shared")
-            + (" + r, s" if rank1_names(name)[0] in mine else "")
-            + (f" + lora {tensors[factor].shape[-2]}" if factor in mine else "")
-        )
+        mine = added.get(name, {})
+        rank = f" {mine['lora'][0].shape[-2]}" if "lora" in mine else ""
+        return " + ".join(["stacked" if name in params.stacked else "shared", *mine]) + rank
 
     def is_fast(layer: nn.Module) -> bool:
-        given = {leaf: name for leaf, name in anatomy.weights[layer].items() if added[name]}
+        given = {leaf: added[name] for leaf, name in anatomy.weights[layer].items() if added[name]}
         found = rule_for(layer, anatomy.layouts_of(layer))
-        low_rank = {leaf: lora_names(name)[0] in added[name] for leaf, name in given.items()}
-        return found is not None and found.serves(low_rank)
+        return found is not None and found.serves(given.keys(), any("lora" in kinds for kinds in given.values()))
 
     def rule(places: list[Site]) -> str:
         return "fast" if all(is_fast(site.module) for site in places) else "fallback"
@@ -136,7 +138,7 @@ def describe(model: nn.Module, params: EnsembleParams) -> Description:
     rows = []
     for name, places in anatomy.sites.items():
         first = places[0]
-        mine = [tensors[name], *(tensors[each] for each in added.get(name, ()))]
+        mine = [tensors[name], *(x for xs in added.get(name, {}).values() for x in xs)]
         rows.append(
             Row(
                 module=first.name.rpartition(".")[0],

@@ -93,12 +93,9 @@ def check_params(params: Any, anatomy: Anatomy) -> int:
     given = {**shared, **stacked}
     own = {name: x for name, x in given.items() if name not in anatomy.vectors and name not in anatomy.factors}
     check_keys(own, anatomy.shapes, f"params: {anatomy.kind}")
-    alone = [(r, s) for r, s in anatomy.pairs if (r in given) != (s in given)]
+    alone = [(one, other) for one, other in anatomy.pairs if (one in given) != (other in given)]
     if alone:
-        raise ValueError(f"params: r and s come in pairs; one is missing of {alone}")
-    alone = [(A, B) for A, B in anatomy.factor_pairs if (A in given) != (B in given)]
-    if alone:
-        raise ValueError(f"params: lora_A and lora_B come in pairs; one is missing of {alone}")
+        raise ValueError(f"params: r and s come in pairs, and so do lora_A and lora_B; one is missing of {alone}")
     _check_tensors("params", given)
     name, first = next(iter(stacked.items()))
     if first.ndim == 0 or first.shape[0] == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -290,6 +291,29 @@ def test_autocast_reaches_the_factors(layer: nn.Module, inputs: tuple[Tensor, ..
         first, theirs = (value[0] if isinstance(value, tuple) else value for value in (got, own))
         assert first.dtype == theirs.dtype
         assert_same(tree_map(lambda x: x.float(), got), exact, tolerance=5e-2)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("layer", "inputs"), FAST, ids=[type(layer).__name__ for layer, _ in FAST])
+@pytest.mark.parametrize("rank1", [False, True])
+def test_every_fast_rule_compiles_whole(layer: nn.Module, inputs: tuple[Tensor, ...], rank1: bool) -> None:
+    def loss(output: Any, target: Tensor) -> Tensor:
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return (first - target).square().mean()
+
+    layer = copy.deepcopy(layer).double()
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    params = low_rank(layer, 3, 2, rank1)
+    optimizer = torch.optim.SGD(fe.param_groups(params, lr=0.1))
+    found = []
+    for strategy, compile in (("vmap", {"backend": "aot_eager", "fullgraph": True}), ("loop", False)):
+        forward = fe.make_forward(layer, strategy=strategy)
+        step = fe.make_train_step(forward, loss, optimizer, compile=compile)
+        found.append(step.gradients(params, *inputs, torch.tensor(0.5).double()))
+        assert step.compiled_by == ("functorch_ens" if compile else "eager")
+    for got, want in zip(*(dict(sorted(each.gradients.items())).items() for each in found), strict=True):
+        assert_same(got, want)
+    assert_same(found[0].losses, found[1].losses)
 
 
 @pytest.mark.parametrize("rank1", [False, True])

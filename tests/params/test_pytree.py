@@ -62,8 +62,12 @@ def _bad_params(change: str) -> Any:
         ("unexpected", ValueError, r"params.*missing \[\], unexpected \['2.weight'\]"),
         ("no tensor", TypeError, r"params: expected tensors, got \{'1.bias': 'float'\}"),
         ("no dicts", TypeError, "params: expected EnsembleParams of two dicts, got NoneType and dict"),
-        ("r without s", ValueError, r"params: r and s come in pairs.*0.weight_r"),
-        ("A without B", ValueError, r"params: lora_A and lora_B come in pairs.*0.weight_lora_A"),
+        (
+            "r without s",
+            ValueError,
+            r"params: r and s come in pairs.*one is missing of \[\('0.weight_r', '0.weight_s'\)\]",
+        ),
+        ("A without B", ValueError, r"params: r and s come in pairs, and so do lora_A and lora_B.*\('0.weight_lora_A'"),
         ("two ranks", ValueError, r"0.weight_lora_A, 0.weight_lora_B: expected one rank of 1 or more, got 2 and 1"),
         ("rank 0", ValueError, r"0.weight_lora_A, 0.weight_lora_B: expected one rank of 1 or more, got 0 and 0"),
         (
