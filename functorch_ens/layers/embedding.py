@@ -48,8 +48,9 @@ def _pure_bag(
 
 def _rule(layer: nn.Embedding, input: Tensor, *, weight: Rank1) -> Tensor:
     rows = F.embedding(input, weight.weight)
-    if weight.A is not None and weight.B is not None:
-        rows = rows + linear(F.embedding(input, weight.A.mT), weight.B)
+    if weight.factors:
+        A, B = weight.factors
+        rows = rows + linear(F.embedding(input, A.mT), B)
     if weight.r is not None and weight.s is not None:
         rows = rows * F.embedding(input, rearrange(weight.s, "v -> v 1")) * weight.r
     if layer.padding_idx is not None:  # padding has no gradient

@@ -37,6 +37,13 @@ class Rank1(NamedTuple):
     B: Tensor | None = None
     """`[out, rank]`."""
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """`A` and `B` in the dtype of the shared weight, for they may be kept in a wider one to be trained."""
+        if self.A is None or self.B is None:
+            return None
+        return self.A.to(self.weight.dtype), self.B.to(self.weight.dtype)
+
     def scale_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input `x` `[..., in, *spatial]` and the shared weight, one of the two times `s`, as `side` says.
 
@@ -67,8 +74,8 @@ class Rank1(NamedTuple):
         one side. So it must be linear in both arguments, and take the number of channels from the weight.
         """
         y = operation(*self.scale_input(x))
-        if self.A is not None and self.B is not None:
-            y = y + self._by_factors(x, self.A, self.B, operation)
+        if factors := self.factors:
+            y = y + self._by_factors(x, *factors, operation)
         return self.scale_output(y, bias)
 
     def _by_factors(self, x: Tensor, A: Tensor, B: Tensor, operation: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -78,13 +85,14 @@ class Rank1(NamedTuple):
         """
         groups, transposed = self.layout
         spatial = self.weight.ndim - 2
+        s = None if self.s is None else self.s.to(A.dtype)
         if transposed:
-            A = A if self.s is None else A * self.s
+            A = A if s is None else A * s
             mixed = pointwise(x, rearrange(A, "rank (g i) -> (g rank) i", g=groups), groups, spatial)
             return operation(mixed, self._kernel(B.mT))
         kernel = self._kernel(A)
-        if self.s is not None:
-            kernel = self.layout.multiplied(kernel, s=self.s, spatial=spatial)
+        if s is not None:
+            kernel = self.layout.multiplied(kernel, s=s, spatial=spatial)
         return pointwise(operation(x, kernel), B, groups, spatial)
 
     def _kernel(self, factor: Tensor) -> Tensor:
@@ -107,8 +115,8 @@ class Rank1(NamedTuple):
     def materialise(self) -> Tensor:
         """The effective weight `(W + B A) * (r s^T)`, of the shape of `weight`."""
         weight = self.weight
-        if self.A is not None and self.B is not None:
-            weight = weight + self.layout.low_rank(self.A, self.B, weight)
+        if factors := self.factors:
+            weight = weight + self.layout.low_rank(*factors, weight)
         if self.r is None or self.s is None:
             return weight
         return self.layout.multiplied(weight, r=self.r, s=self.s, spatial=weight.ndim - 2)

@@ -281,6 +281,23 @@ def test_fast_rules_in_bfloat16_are_near_the_float64_oracle(
 
 
 @pytest.mark.parametrize(("layer", "inputs"), FAST, ids=[type(layer).__name__ for layer, _ in FAST])
+@pytest.mark.parametrize("side", ["auto", "weight"])
+def test_factors_may_be_wider_than_the_base(layer: nn.Module, inputs: tuple[Tensor, ...], side: str) -> None:
+    """They are trained in float32, beside a base in bfloat16."""
+    layer = copy.deepcopy(layer)
+    params = low_rank(layer, 2, 2, rank1=False)
+    exact = fe.make_forward(layer)(params, *inputs)
+    narrow = fe.EnsembleParams({name: x.bfloat16() for name, x in params.shared.items()}, params.stacked)
+    inputs = tuple(x.bfloat16() if x.is_floating_point() else x for x in inputs)
+    got = fe.make_forward(layer.bfloat16(), rank1_side=side)(narrow, *inputs)
+    first = got[0] if isinstance(got, tuple) else got
+    assert first.dtype == torch.bfloat16
+    assert_same(tree_map(lambda x: x.float(), got), exact, tolerance=TOLERANCE[torch.bfloat16])
+    first.square().sum().backward()
+    assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in params.stacked.values())
+
+
+@pytest.mark.parametrize(("layer", "inputs"), FAST, ids=[type(layer).__name__ for layer, _ in FAST])
 def test_autocast_reaches_the_factors(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     """The products are computed in bfloat16, as in the layer itself, and the result is near that of float32."""
     params = low_rank(layer, 2, 2, rank1=False)
