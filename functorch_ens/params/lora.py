@@ -39,8 +39,7 @@ def lora_params(
 ) -> EnsembleParams:
     """The parameters of a LoRA ensemble: the frozen `model`, and low-rank factors `A`, `B` for each member.
 
-    Member i has the weight `W + B_i A_i`, `A` `[E, rank, in]`, `B` `[E, out, rank]`. `B` starts at 0, so every member
-    starts as `model` itself.
+    Member i has the weight `W + B_i A_i`: `A` is `[E, rank, in]`, and `B` is `[E, out, rank]` and starts at 0.
 
     >>> import torch, functorch_ens as fe
     >>> params = fe.lora_params(torch.nn.Linear(3, 2), E=5, rank=1)
@@ -48,7 +47,7 @@ def lora_params(
     {'weight_lora_A': [5, 1, 3], 'weight_lora_B': [5, 2, 1]}
 
     Args:
-        model: the pretrained network; it is only read.
+        model: the pretrained network, as which every member starts; it is only read.
         E: the number of members.
         rank: the rank of `B A`; a weight smaller than that gets factors of this rank too.
         alpha: `A` starts `alpha / rank` times as large, and the gradient of `B` with it. No factor is left in the
@@ -84,7 +83,12 @@ def lora_params(
         raise ValueError(
             f"layers: no weight of {anatomy.kind} would get lora_A and lora_B; its parameters: {list(own)}"
         )
-    most = max(min(len(own[name]), own[name].numel() // len(own[name])) for name in weights)
+    sides: dict[str, tuple[int, int]] = {}
+    for name in weights:
+        check_names(name, anatomy)
+        (_, into), (out, _) = (anatomy.factors[factor] for factor in lora_names(name))
+        sides[name] = int(into), int(out)
+    most = max(map(min, sides.values()))
     if rank > most:
         raise ValueError(
             f"rank: expected at most {most}, the largest rank that the chosen weights can have, got {rank}"
@@ -92,14 +96,12 @@ def lora_params(
 
     source = cpu_generator(generator)
     factors: dict[str, Tensor] = {}
-    for name in weights:
-        check_names(name, anatomy)
+    for name, (into, out) in sides.items():
         A, B = lora_names(name)
-        into, out = anatomy.factors[A][1], anatomy.factors[B][0]
-        is_lookup = isinstance(anatomy.sites[name][0].module, nn.Embedding | nn.EmbeddingBag)
-        start = _start(init, A, (E, rank, int(into)), 1 if is_lookup else int(into), source)
+        sums_nothing = isinstance(anatomy.sites[name][0].module, nn.Embedding | nn.EmbeddingBag) or not into
+        start = _start(init, A, (E, rank, into), 1 if sums_nothing else into, source)
         factors[A] = (scale * start).to(own[name])
-        factors[B] = own[name].new_zeros(E, int(out), rank)
+        factors[B] = own[name].new_zeros(E, out, rank)
     shared = {name: normal(own[name].detach().clone()) for name in own if name not in owned}
     trained = factors | repeated(own, owned, E)
     return EnsembleParams(shared, {name: normal(x).requires_grad_(is_numeric(x)) for name, x in trained.items()})

@@ -192,6 +192,12 @@ def test_a_weight_smaller_than_the_rank_gets_it_too() -> None:
     assert params.stacked["1.weight_lora_A"].shape == (3, 8, 8) and params.stacked["1.weight_lora_B"].shape == (3, 2, 8)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_side_of_no_numbers() -> None:
+    stacked = fe.lora_params(nn.Sequential(nn.Linear(4, 4), nn.Linear(0, 4), nn.Linear(4, 0)), 3, rank=2).stacked
+    assert stacked["1.weight_lora_A"].shape == (3, 2, 0) and stacked["2.weight_lora_B"].shape == (3, 0, 2)
+
+
 def test_a_name_that_a_factor_would_take_is_an_error() -> None:
     model = nn.Linear(3, 3)
     model.weight_lora_A = nn.Parameter(torch.ones(2))
