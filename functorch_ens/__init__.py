@@ -7,6 +7,7 @@ from functorch_ens.forward.predict import predict
 from functorch_ens.layers.registry import rank1_rule
 from functorch_ens.layers.weight import Rank1
 from functorch_ens.params.describe import Description, describe
+from functorch_ens.params.lora import lora_params
 from functorch_ens.params.make import batchensemble_params, ensemble_buffers, ensemble_params
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.params.stack import member_params, stack_buffers, stack_params
@@ -51,6 +52,7 @@ __all__ = [
     "fit_temperature",
     "index_batches",
     "load_checkpoint",
+    "lora_params",
     "make_forward",
     "make_train_step",
     "mean_log_probs",

@@ -1,7 +1,8 @@
 """Everything that is known of a model before it is called.
 
-A public function makes one `Anatomy` of its model and hands it on. It includes the sizes of the rank-1 vectors `r` and
-`s`, which follow from the class of the layer: `rank1_layout` registers a `Layout` for each class.
+A public function makes one `Anatomy` of its model and hands it on. It includes the shapes of the rank-1 vectors `r`,
+`s` and of the low-rank factors `A`, `B`, which follow from the class of the layer: `rank1_layout` registers a `Layout`
+for each class.
 """
 
 from __future__ import annotations
@@ -52,10 +53,38 @@ class Layout(NamedTuple):
         parts = rearrange(weight, f"... (g a) b{axes} -> ... g a b{axes}", g=self.groups)
         return rearrange(parts * prod(scales), f"... g a b{axes} -> ... (g a) b{axes}")
 
+    def factors(self, weight: Tensor) -> tuple[tuple[int | str, int], tuple[int, int | str]]:
+        """The shapes of `A` `[rank, in]` and `B` `[out, rank]` for `weight`; the rank is free.
+
+        The weight is read as a matrix: axis 0 is one side, all other axes together are the other side.
+        """
+        first, rest = weight.shape[0], prod(weight.shape[1:])
+        out, into = (rest, first) if self.transposed else (first, rest)
+        return (RANK, into), (out, RANK)
+
+    def low_rank(self, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+        """`B A`, of the shape of `weight`."""
+        delta = B @ A
+        return (delta.mT if self.transposed else delta).reshape(weight.shape)
+
+
+RANK = "rank"
+"""In a shape, a size of any number."""
+
 
 def rank1_names(name: str) -> tuple[str, str]:
     """The names of the `r` and the `s` of the weight called `name`."""
     return f"{name}_r", f"{name}_s"
+
+
+def lora_names(name: str) -> tuple[str, str]:
+    """The names of the low-rank factors `A` and `B` of the weight called `name`."""
+    return f"{name}_lora_A", f"{name}_lora_B"
+
+
+def member_names(name: str) -> tuple[str, str, str, str]:
+    """The names of all that a member can have for itself beside a shared weight called `name`: `r`, `s`, `A`, `B`."""
+    return *rank1_names(name), *lora_names(name)
 
 
 def is_numeric(tensor: Tensor) -> bool:
@@ -185,22 +214,27 @@ class Anatomy:
         self.layouts = {
             name: layout_of(self.sites[name][0].module)
             for name, parameter in parameters.items()
-            if can_be_rank1(parameter) and parameters.keys().isdisjoint(rank1_names(name))
+            if can_be_rank1(parameter) and parameters.keys().isdisjoint(member_names(name))
         }
-        """The layout of every parameter that can have `r` and `s`: that of the first layer it is in."""
+        """The layout of every parameter that can have `r` and `s`, or `A` and `B`: that of the first layer it is in."""
         self.vectors: dict[str, tuple[int]] = {}
         """The shapes of the `r` and `s` that the parameters can have."""
+        self.factors: dict[str, tuple[int | str, int | str]] = {}
+        """The shapes of the `A` and `B` that the parameters can have."""
         self.weights: dict[nn.Module, dict[str, str]] = {}
-        """By layer, those of its parameters that can have `r` and `s`: what the layer calls each, and its name."""
+        """By layer, those of its parameters that have a layout: what the layer calls each, and its name."""
         for name, layout in self.layouts.items():
-            r, s = rank1_names(name)
+            (r, s), (A, B) = rank1_names(name), lora_names(name)
             out, into = layout.sizes(parameters[name])
             self.vectors |= {r: (out,), s: (into,)}
+            self.factors |= dict(zip((A, B), layout.factors(parameters[name]), strict=True))
             for site in self.sites[name]:
                 self.weights.setdefault(site.module, {})[site.leaf] = name
-        self.pairs = [rank1_names(name) for name in self.layouts]
-        """The names of the `r` and `s` that belong together."""
-        self.every_shape: dict[str, tuple[int, ...]] = {**self.shapes, **self.vectors}
+        self.pairs = [pair for name in self.layouts for pair in (rank1_names(name), lora_names(name))]
+        """The names of what belongs together: `r` and `s`, `A` and `B`."""
+        self.factor_pairs = [lora_names(name) for name in self.layouts]
+        """Those of `A` and `B` alone."""
+        self.every_shape: dict[str, tuple[int | str, ...]] = {**self.shapes, **self.vectors, **self.factors}
         """The shapes of all tensors that the parameters of an ensemble can have, without the member axis."""
 
     @property
@@ -228,12 +262,14 @@ class Anatomy:
             self.buffer_shapes,
             self.whole_numbers,
             self.vectors,
+            self.factors,
             self.pairs,
+            self.factor_pairs,
             self.every_shape,
         ]
 
     def layouts_of(self, layer: nn.Module) -> dict[str, Layout]:
-        """The layouts of the weights of `layer` that can have `r` and `s`, by what the layer calls them."""
+        """The layouts of the weights of `layer` that have one, by what the layer calls them."""
         return {leaf: self.layouts[name] for leaf, name in self.weights.get(layer, {}).items()}
 
     def instances(self, kind: type[nn.Module]) -> dict[str, nn.Module]:

@@ -33,11 +33,11 @@ def check_number(value: Any, argument: str, *, minimum: float = -math.inf) -> fl
     return number
 
 
-def check_option(value: Any, options: Collection[Any], argument: str) -> None:
-    """ValueError if `value` is not one of `options`."""
+def check_option(value: Any, options: Collection[Any], argument: str, or_else: str = "") -> None:
+    """ValueError if `value` is not one of `options`. `or_else` names other accepted values."""
     # The types are compared first, because an array is equal to nothing or to everything, number by number.
     if not any(value is option or (isinstance(value, type(option)) and value == option) for option in options):
-        raise ValueError(f"{argument}: expected one of {list(options)}, got {shown(value)}")
+        raise ValueError(f"{argument}: expected one of {list(options)}{or_else and f', {or_else}'}, got {shown(value)}")
 
 
 def check_bool(value: Any, argument: str, or_else: str = "") -> None:

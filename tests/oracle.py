@@ -1,7 +1,7 @@
 """What the library must equal: a plain Python loop over members, each an ordinary network with its own weights.
 
 Nothing here uses the library's arithmetic. A rank-1 weight is materialised entry by entry, from what `r` and `s` mean:
-output channel o is scaled by r[o], input channel i by s[i].
+output channel o is scaled by r[o], input channel i by s[i]. A low-rank weight is W + B A, merged.
 """
 
 from __future__ import annotations
@@ -43,6 +43,17 @@ def both_kinds(model: nn.Module, E: int) -> list[fe.EnsembleParams]:
     return [classic, fe.batchensemble_params(model, E, bias="stacked")]
 
 
+def low_rank(model: nn.Module, E: int, rank: int, rank1: bool) -> fe.EnsembleParams:
+    """A LoRA ensemble whose members all differ; with `rank1` it has `r` and `s` too, and its base is trained."""
+    given = fe.lora_params(model, E, rank=1)
+    stacked = {}
+    for name, stack in given.stacked.items():
+        shape = (E, rank, stack.shape[-1]) if name.endswith("_A") else (E, stack.shape[1], rank)
+        stacked[name] = torch.randn(shape, dtype=torch.float64).to(stack).requires_grad_()
+    both = fe.batchensemble_params(model, E)
+    return fe.EnsembleParams(both.shared, stacked | both.stacked) if rank1 else fe.EnsembleParams(given.shared, stacked)
+
+
 def tensors_of(params: fe.EnsembleParams) -> dict[str, Tensor]:
     return {**params.shared, **params.stacked}
 
@@ -69,6 +80,13 @@ def materialise(module: nn.Module, weight: Tensor, r: Tensor, s: Tensor) -> Tens
     return weight * scale.reshape(rows, columns, *[1] * (weight.ndim - 2))
 
 
+def merge(module: nn.Module, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """`W + B A` for a weight of `module`: axis 0 is the output, and the others the input; or the other way round."""
+    if isinstance(module, _ConvTransposeNd | nn.Embedding | nn.EmbeddingBag):
+        return weight + torch.einsum("ki,ok->io", A, B).reshape(weight.shape)
+    return weight + torch.einsum("ok,ki->oi", B, A).reshape(weight.shape)
+
+
 def member_weights(model: nn.Module, params: fe.EnsembleParams, i: int) -> dict[str, Tensor]:
     """The weights of member i by their first names, differentiable in `params`."""
     tensors = {**params.shared, **{name: stack[i] for name, stack in params.stacked.items()}}
@@ -76,9 +94,11 @@ def member_weights(model: nn.Module, params: fe.EnsembleParams, i: int) -> dict[
     weights = {}
     for name, _ in model.named_parameters():
         weights[name] = tensors[name]
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if f"{name}_lora_A" in tensors:
+            weights[name] = merge(owner, weights[name], tensors[f"{name}_lora_A"], tensors[f"{name}_lora_B"])
         if f"{name}_r" in tensors:
-            owner = model.get_submodule(name.rpartition(".")[0])
-            weights[name] = materialise(owner, tensors[name], tensors[f"{name}_r"], tensors[f"{name}_s"])
+            weights[name] = materialise(owner, weights[name], tensors[f"{name}_r"], tensors[f"{name}_s"])
     return weights
 
 

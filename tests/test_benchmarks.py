@@ -60,7 +60,7 @@ def _run(*options: str, script: str = "model_coverage.py", cwd: Path | None = No
     return subprocess.run([sys.executable, BENCHMARKS / script, *options], capture_output=True, text=True, cwd=cwd)
 
 
-_TIMED = ("vmap_vs_be.py", "notebook_job.py", "quality.py")
+_TIMED = ("vmap_vs_be.py", "notebook_job.py", "quality.py", "lora.py")
 _REFUSED = {
     "model_coverage.py": (["--only", "nothing*"], ["--members", "0"], ["--factory", "nowhere:build"], ["--resume"]),
     "operator_sweep.py": (["--members", "0"], ["--json", "nowhere/at/all.json"]),
@@ -106,6 +106,21 @@ def test_the_table_and_the_json(tmp_path: Path) -> None:
     totals = answer.stdout.splitlines()[-1].split()
     assert totals[:7] == ["written", "2", "8", "4", "4", "0", "0"]
     assert "second (Linear) has backward hooks" in answer.stdout
+
+
+def test_lora_against_merged_copies_and_one_network(tmp_path: Path) -> None:
+    sizes = {"--members": 2, "--layers": 1, "--width": 16, "--heads": 2, "--tokens": 3, "--rank": 2, "--rounds": 1}
+    out = tmp_path / "lora.json"
+    answer = _run(*(str(part) for pair in sizes.items() for part in pair), "--json", str(out), script="lora.py")
+    assert answer.returncode == 0, answer.stderr
+    results = json.loads(out.read_text())["results"]
+    assert len(results) == 8 and all(name in answer.stdout for name in results)
+    for found in results.values():
+        assert all(len(times) == 1 and times[0] > 0 for times in found["seconds"].values()) and found["peak_mb"] > 0
+    whole, copies = results["LoRA ensemble, all"], results["E merged copies, vmap"]
+    one = results["one network, E·B rows"]["parameters_mb"]
+    assert whole["parameters_mb"] == pytest.approx(one + whole["trained_mb"])
+    assert copies["parameters_mb"] == copies["trained_mb"] == pytest.approx(2 * one)
 
 
 def test_a_factory_and_a_model_that_is_not_equal_to_itself(tmp_path: Path) -> None:

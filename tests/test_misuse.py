@@ -356,9 +356,10 @@ _row(
 )
 _row(
     fe.rank1_rule,
-    lambda: {"layer_types": (Net,), "when": lambda layer: True},
+    lambda: {"layer_types": (Net,), "when": lambda layer: True, "lora": True},
     layer_types=("module class",),
     when=("~module",),
+    lora=("True",),
 )
 _row(
     fe.ensemble_params,
@@ -384,6 +385,16 @@ _row(
     s_mean=("None", *_FLOATS),
     r_std=("None", *_POSITIVE),
     s_std=("None", *_POSITIVE),
+)
+_row(
+    fe.lora_params,
+    lambda: {**_model(), "E": E, "rank": 1, "init": lambda name, shape, generator: torch.ones(shape)},
+    model=("module",),
+    E=("3",),
+    alpha=("None", *_POSITIVE),
+    layers=_OPTIONAL,
+    stacked=(*_OPTIONAL, "empty list"),
+    generator=(*_OPTIONAL, "generator"),
 )
 _row(fe.ensemble_buffers, lambda: {**_model(), "E": E}, model=("module",), E=("3",))
 _row(fe.stack_params, lambda: {"members": [nn.Linear(3, 2)], "model": nn.Linear(3, 2)}, model=("None", "module"))

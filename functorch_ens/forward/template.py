@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.func import functional_call
 
 from functorch_ens import _torch
-from functorch_ens.anatomy import Anatomy, Layout, Site, rank1_names
+from functorch_ens.anatomy import Anatomy, Layout, Site, member_names
 from functorch_ens.checks import first_line
 from functorch_ens.copies import check_replaceable, copy_structure
 from functorch_ens.forward.settings import Settings
 from functorch_ens.forward.snapshot import Snapshot
 from functorch_ens.holds import generator, held, same_state
 from functorch_ens.layers.registry import specialise
-from functorch_ens.layers.weight import Rank1
+from functorch_ens.layers.weight import member_weight
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ Modes = tuple[bool, ...]
 class Template:
     """A copy of the model on the meta device, which is called with the tensors of one member.
 
-    Where a weight is given with its `r` and `s`, a layer with a fast rule computes by that rule; all other code that
-    reads the weight gets `W * (r s^T)`.
+    Where a weight is given with `r` and `s`, or with `A` and `B`, a layer with a fast rule computes by that rule; all
+    other code that reads the weight gets `(W + B A) * (r s^T)`.
     """
 
     def __init__(self, anatomy: Anatomy, side: str = "auto") -> None:
@@ -121,15 +121,15 @@ class Template:
     def _hooked(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of one member, with the model's hooks on the gradients of its weights.
 
-        A hook sees the gradient of the effective weight, so a weight with `r` and `s` is multiplied out.
+        A hook sees the gradient of the effective weight, so a rank-1 or low-rank weight is multiplied out.
         """
         own = dict(tensors)
         for name, hooks in self._hooks.items():
-            r, s = (own.pop(vector, None) for vector in rank1_names(name))
-            if r is None or s is None:
-                weight = own[name].view_as(own[name])  # the member's alone, also where the tensor is shared
-            else:
-                weight = Rank1(own[name], r, s, self._layouts[name], "weight").materialise()
+            weight = own[name].view_as(own[name])  # the member's alone, also where the tensor is shared
+            if name in self._layouts and (found := member_weight(own, name, self._layouts[name])):
+                weight = found.materialise()
+            for added in member_names(name):
+                own.pop(added, None)
             if weight.requires_grad:
                 for hook in hooks:
                     weight.register_hook(hook)
@@ -217,12 +217,12 @@ def _on_meta(tensor: Tensor) -> Tensor:
 def _aliases(
     model: Mapping[str, list[Site]], template: Mapping[str, list[Site]], layouts: Mapping[str, Layout]
 ) -> dict[str, list[str]]:
-    """By its first name in the model, every name of a tensor in the copy; also for the `r` and `s` that it can have."""
+    """By its first name in the model, every name of a tensor in the copy; also for what members can add to it."""
     aliases: dict[str, list[str]] = {}
     for name, (own, places) in zip(model, template.items(), strict=True):
         aliases[name] = [site.name for site in places]
         if own in layouts:
-            tied = [rank1_names(site.name) for site in places]
-            for vector, names in zip(rank1_names(name), zip(*tied, strict=True), strict=True):
-                aliases[vector] = list(names)
+            tied = [member_names(site.name) for site in places]
+            for added, names in zip(member_names(name), zip(*tied, strict=True), strict=True):
+                aliases[added] = list(names)
     return aliases

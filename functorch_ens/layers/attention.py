@@ -64,9 +64,7 @@ def _rule(
         parts = list(rearrange(packed, "b l (three d) -> three b l d", three=3))
     else:
         biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
-        thirds = zip(in_proj_weight.weight.chunk(3), in_proj_weight.r.chunk(3), strict=True)
-        weights_of_three = [in_proj_weight._replace(weight=W, r=r) for W, r in thirds]
-        pieces = zip((query, key, value), weights_of_three, biases, strict=True)
+        pieces = zip((query, key, value), in_proj_weight.chunk(3), biases, strict=True)
         parts = [third.linear(enter(x), bias) for x, third, bias in pieces]
     q, k, v = (rearrange(part, "b l (h d) -> b h l d", h=heads) for part in parts)
 

@@ -26,8 +26,8 @@ def _pure(layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def _rule(layer: Any, input: Tensor, *, weight: Rank1) -> Tensor:
-    x, W = weight.scale_input(input)  # every padding mode commutes with a scale per channel
-    return weight.scale_output(convolve(layer, x, W, None), layer.bias)
+    # Every padding mode commutes with a scale per channel.
+    return weight.apply(input, lambda x, kernel: convolve(layer, x, kernel, None), layer.bias)
 
 
 def _pure_transpose(layer: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -37,8 +37,7 @@ def _pure_transpose(layer: Any, input: Tensor, output_size: list[int] | None = N
 
 
 def _rule_transpose(layer: Any, input: Tensor, output_size: list[int] | None = None, *, weight: Rank1) -> Tensor:
-    x, W = weight.scale_input(input)
-    return weight.scale_output(_transposed(layer, x, W, None, output_size), layer.bias)
+    return weight.apply(input, lambda x, kernel: _transposed(layer, x, kernel, None, output_size), layer.bias)
 
 
 def _transposed(

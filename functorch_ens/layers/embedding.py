@@ -1,4 +1,4 @@
-"""Embedding and EmbeddingBag: `s` runs over the vocabulary, `r` over the embedding dimension."""
+"""Embedding and EmbeddingBag: `s` and `A` run over the vocabulary, `r` and `B` over the embedding dimension."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from functorch_ens.anatomy import Layout
+from functorch_ens.layers.operators import linear
 from functorch_ens.layers.registry import register
 from functorch_ens.layers.weight import Rank1
 
@@ -46,13 +47,15 @@ def _pure_bag(
 
 
 def _rule(layer: nn.Embedding, input: Tensor, *, weight: Rank1) -> Tensor:
-    rows = F.embedding(input, weight.weight, layer.padding_idx)
-    s = F.embedding(input, rearrange(weight.s, "v -> v 1"), layer.padding_idx)
-    r = weight.r
-    if layer.padding_idx is not None:
-        # Padding has no gradient: F.embedding stops those of W and s, and this the one of r.
-        r = torch.where(rearrange(input == layer.padding_idx, "... -> ... 1"), r.detach(), r)
-    return rows * s * r
+    rows = F.embedding(input, weight.weight)
+    if weight.factors:
+        A, B = weight.factors
+        rows = rows + linear(F.embedding(input, A.mT), B)
+    if weight.r is not None and weight.s is not None:
+        rows = rows * F.embedding(input, rearrange(weight.s, "v -> v 1")) * weight.r
+    if layer.padding_idx is not None:  # padding has no gradient
+        rows = torch.where(rearrange(input == layer.padding_idx, "... -> ... 1"), rows.detach(), rows)
+    return rows
 
 
 register(

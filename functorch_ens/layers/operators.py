@@ -8,6 +8,7 @@ and torch.compile decompose.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -35,6 +36,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         y = product(x.flatten(0, -2), weight).reshape(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
+
+
+def pointwise(x: Tensor, matrix: Tensor, groups: int, spatial: int) -> Tensor:
+    """Mix the channels of `x` `[..., channels, *spatial]` by `matrix` `[out, channels / groups]`, in each group apart.
+
+    With spatial axes this is a convolution with a kernel of size 1. It is a product of matrices here, which vmap
+    computes without moving the member axis of `x`.
+    """
+    if groups == 1 and not spatial:
+        return linear(x, matrix)
+    lead, places = x.shape[: x.ndim - 1 - spatial], x.shape[x.ndim - spatial :]
+    rows = x.reshape(*lead, groups, matrix.shape[1], prod(places))
+    y = rearrange(matrix, "(g o) c -> g o c", g=groups) @ rows
+    return y.reshape(*lead, matrix.shape[0], *places)
 
 
 def autocast(*tensors: Any) -> Any:

@@ -8,7 +8,7 @@ layouts and rules by `rank1_layout` and `rank1_rule`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -16,9 +16,9 @@ from weakref import WeakValueDictionary
 from torch import Tensor, nn
 
 from functorch_ens import _torch
-from functorch_ens.anatomy import Anatomy, Layout, check_layer_types, layout_of, rank1_layout, rank1_names
-from functorch_ens.checks import check_callable
-from functorch_ens.layers.weight import Rank1
+from functorch_ens.anatomy import Anatomy, Layout, check_layer_types, layout_of, member_names, rank1_layout
+from functorch_ens.checks import check_bool, check_callable
+from functorch_ens.layers.weight import member_weight
 
 
 class Rule(NamedTuple):
@@ -27,6 +27,12 @@ class Rule(NamedTuple):
     forward: Callable[..., Any]
     weights: frozenset[str]
     when: Callable[[Any], bool]
+    lora: bool
+    """Whether it serves low-rank weights too."""
+
+    def serves(self, weights: Set[str], low_rank: bool) -> bool:
+        """Whether it serves a layer in which members differ in just these `weights`, some of which are `low_rank`."""
+        return weights == self.weights and (self.lora or not low_rank)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def register(
     """Add the row of one kind of layer: the classes `layer_types`, given themselves or by their full names.
 
     `base`, a common base of them, extends the `layout` to its other subclasses. The fast `rule` serves the layers for
-    which `when(layer)` is true, as in `rank1_rule`.
+    which `when(layer)` is true, as in `rank1_rule`, and low-rank weights too.
     """
     types = tuple(layer_type for layer_type in layer_types if not isinstance(layer_type, str))
     for layer_type in layer_types:
@@ -66,21 +72,23 @@ def register(
     if layout is not None:
         rank1_layout(*(types if base is None else [base]), layout=layout)
     if rule is not None:
-        rank1_rule(*types, when=when)(rule)
+        rank1_rule(*types, when=when, lora=True)(rule)
 
 
 def rank1_rule(
-    *layer_types: type[nn.Module], when: Callable[[Any], bool] = lambda layer: True
+    *layer_types: type[nn.Module], when: Callable[[Any], bool] = lambda layer: True, lora: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a fast forward for layers with rank-1 weights; used as a decorator.
 
     The rule is called in place of the layer's own forward, as `rule(layer, *inputs, weight=Rank1(...))`. It is written
     for ONE member, and its keyword-only arguments name the weights that it serves. `weight.scale_input(x)` multiplies
     `s` into the input or into the weight, as `rank1_side` says; `weight.scale_output(y, bias)` multiplies by `r` and
-    adds the bias. `weight.linear(x, bias)` is both, around one matrix product.
+    adds the bias. `weight.linear(x, bias)` is both, around one matrix product, and
+    `weight.apply(x, operation, bias)` around another operation. With `lora=True` the rule serves low-rank weights too
+    (`lora_params`), as these two methods do; the first two leave them out.
 
-    The exact `W * (r s^T)` is used instead where the layer has `r` and `s` for other weights than these, where a
-    subclass has a forward of its own, where `when(layer)` is false, and with `rank1_side="weight"`.
+    The exact `(W + B A) * (r s^T)` is used instead where members differ in other weights of the layer than these, where
+    a subclass has a forward of its own, where `when(layer)` is false, and with `rank1_side="weight"`.
 
     >>> import torch, functorch_ens as fe
     >>> class Scaled(torch.nn.Conv1d):
@@ -95,10 +103,11 @@ def rank1_rule(
     torch.Size([4, 5, 2, 8])
 
     Raises:
-        TypeError: one of `layer_types` is not a module class, `when` is not callable, or the rule has no keyword-only
-            argument.
+        TypeError: one of `layer_types` is not a module class, `when` is not callable, `lora` is no bool, or the rule
+            has no keyword-only argument.
     """
     check_layer_types(layer_types)
+    check_bool(lora, "lora")
     check_callable(when, "when", "a predicate on the layer", ["layer"])
 
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,7 +119,7 @@ def rank1_rule(
                 f"rule: {rule!r} must take the weights it serves as keyword-only arguments: (layer, x, *, weight)"
             )
         for layer_type in layer_types:
-            _kinds[layer_type] = replace(_kinds.get(layer_type, Kind()), rule=Rule(rule, weights, when))
+            _kinds[layer_type] = replace(_kinds.get(layer_type, Kind()), rule=Rule(rule, weights, when, lora))
         return rule
 
     return decorate
@@ -188,7 +197,7 @@ def takes_any_size(anatomy: Anatomy) -> bool:
 
 
 def specialise(copy: Any, layer: nn.Module, layouts: Mapping[str, Layout], side: str) -> None:
-    """Give `copy`, a template's copy of `layer`, its pure form, and the weights in `layouts` their `r` and `s`.
+    """Give `copy`, a template's copy of `layer`, its pure form, and the weights in `layouts` what members add to them.
 
     The copy has a fast rule too, unless `side` is `"weight"`. A rule stands for the forward of the model's own layer.
     """
@@ -200,7 +209,7 @@ def specialise(copy: Any, layer: nn.Module, layouts: Mapping[str, Layout], side:
         for name, value in kind.attributes.items():
             setattr(copy, name, value)
     for leaf in layouts:
-        _torch.parameters_of(copy).update(dict.fromkeys(rank1_names(leaf)))
+        _torch.parameters_of(copy).update(dict.fromkeys(member_names(leaf)))
     if pure or layouts:
         copy.__class__ = _specialised(cls, pure, tuple(layouts.items()), rule, side)
 
@@ -231,22 +240,24 @@ def _subclass(
     rule: Rule | None,
     side: str,
 ) -> type[nn.Module]:
-    """A subclass of `cls` with the methods `pure`, whose weights in `layouts` read their `r` and `s` where given."""
+    """A subclass of `cls` with the methods `pure`, whose weights in `layouts` are the effective ones of a member."""
     methods = dict(pure)
     plain = methods.get("forward", cls.forward)
 
     def effective(leaf: str, layout: Layout) -> property:
         def read(self: nn.Module) -> Tensor | None:
-            rank1 = _rank1_of(self, leaf, layout, side)
-            return _torch.parameters_of(self)[leaf] if rank1 is None else rank1.materialise()
+            own = _torch.parameters_of(self)
+            weight = member_weight(own, leaf, layout, side)
+            return own[leaf] if weight is None else weight.materialise()
 
         return property(read)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         assert rule is not None
-        weights = {leaf: _rank1_of(self, leaf, layout, side) for leaf, layout in layouts}
-        weights = {leaf: rank1 for leaf, rank1 in weights.items() if rank1 is not None}
-        if weights.keys() != rule.weights:
+        own = _torch.parameters_of(self)
+        found = {leaf: member_weight(own, leaf, layout, side) for leaf, layout in layouts}
+        weights = {leaf: weight for leaf, weight in found.items() if weight is not None}
+        if not rule.serves(weights.keys(), any(weight.A is not None for weight in weights.values())):
             return plain(self, *args, **kwargs)
         return rule.forward(self, *args, **weights, **kwargs)
 
@@ -254,10 +265,3 @@ def _subclass(
     if rule is not None:
         namespace["forward"] = forward
     return type(cls.__name__, (cls,), namespace)
-
-
-def _rank1_of(layer: nn.Module, leaf: str, layout: Layout, side: str) -> Rank1 | None:
-    """The rank-1 weight `leaf` of `layer`; None where the call gives no `r` and `s`, or the layer lacks the weight."""
-    own = _torch.parameters_of(layer)
-    weight, (r, s) = own[leaf], (own[vector] for vector in rank1_names(leaf))
-    return None if weight is None or r is None or s is None else Rank1(weight, r, s, layout, side)

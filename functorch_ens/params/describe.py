@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from functorch_ens.anatomy import Anatomy, Site, rank1_names
+from functorch_ens.anatomy import Anatomy, Site, lora_names, rank1_names
 from functorch_ens.layers.registry import rule_for
 from functorch_ens.params.pytree import EnsembleParams, check_kinds, check_params
 from functorch_ens.tables import aligned
@@ -26,11 +26,11 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
     """Its shape in the model, without the member axis."""
     held: str
-    """`"shared"` or `"stacked"`; with `" + r, s"` where it is rank-1."""
+    """`"shared"` or `"stacked"`; with `" + r, s"` where it is rank-1, and `" + lora 8"` with factors of rank 8."""
     rule: str
-    """For a rank-1 weight `"fast"`, or `"fallback"`: the exact `W * (r s^T)` per member. Otherwise `"none"`."""
+    """`"none"` for a plain weight; otherwise `"fast"`, or `"fallback"`: the exact `(W + B A) * (r s^T)` per member."""
     parameters: int
-    """The number of values that the ensemble has for it, `r` and `s` included."""
+    """The number of values that the ensemble has for it, those of `r`, `s`, `A` and `B` included."""
     bytes: int
 
 
@@ -55,7 +55,7 @@ class Description:
         return sum(row.bytes for row in self.rows)
 
     def __str__(self) -> str:
-        head = ["module", "parameter", "shape", "held", "rank-1 rule", "parameters", "MB"]
+        head = ["module", "parameter", "shape", "held", "rule", "parameters", "MB"]
         body, before = [], None
         for row in self.rows:
             module = "" if row.module == before else f"{row.module} ({row.kind})".lstrip()
@@ -85,16 +85,16 @@ def describe(model: nn.Module, params: EnsembleParams) -> Description:
     >>> model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
     >>> print(fe.describe(model, fe.batchensemble_params(model, E=4, stacked="2.*")))
     Sequential, E = 4
-    module             parameter  shape     held           rank-1 rule  parameters    MB
-    ------------------------------------------------------------------------------------
-    0 (Linear)         weight     [64, 20]  shared + r, s  fast              1,616  0.01
-                       bias       [64]      shared         none                 64  0.00
-    2 (Linear)         weight     [3, 64]   stacked        none                768  0.00
-                       bias       [3]       stacked        none                 12  0.00
-    ------------------------------------------------------------------------------------
-    this ensemble                                                            2,460  0.01
-    one model                                                                1,539  0.01
-    4 separate models                                                        6,156  0.02
+    module             parameter  shape     held           rule  parameters    MB
+    -----------------------------------------------------------------------------
+    0 (Linear)         weight     [64, 20]  shared + r, s  fast       1,616  0.01
+                       bias       [64]      shared         none          64  0.00
+    2 (Linear)         weight     [3, 64]   stacked        none         768  0.00
+                       bias       [3]       stacked        none          12  0.00
+    -----------------------------------------------------------------------------
+    this ensemble                                                     2,460  0.01
+    one model                                                         1,539  0.01
+    4 separate models                                                 6,156  0.02
     1.6 times the size of one model, 0.4 times that of 4 separate ones
 
     A tied parameter is listed once, under its first name. Its rule is "fast" if it is fast in every layer.
@@ -113,10 +113,24 @@ def describe(model: nn.Module, params: EnsembleParams) -> Description:
     check_kinds(params, None, anatomy)
     tensors = {**params.shared, **params.stacked}
 
+    kinds = {"r, s": rank1_names, "lora": lora_names}
+    added = {
+        name: {
+            kind: [tensors[each] for each in names(name)] for kind, names in kinds.items() if names(name)[0] in tensors
+        }
+        for name in anatomy.layouts
+    }
+    """By weight, what members add to it, of each kind."""
+
+    def held(name: str) -> str:
+        mine = added.get(name, {})
+        rank = f" {mine['lora'][0].shape[-2]}" if "lora" in mine else ""
+        return " + ".join(["stacked" if name in params.stacked else "shared", *mine]) + rank
+
     def is_fast(layer: nn.Module) -> bool:
-        given = {leaf for leaf, name in anatomy.weights[layer].items() if rank1_names(name)[0] in tensors}
+        given = {leaf: added[name] for leaf, name in anatomy.weights[layer].items() if added[name]}
         found = rule_for(layer, anatomy.layouts_of(layer))
-        return found is not None and found.weights == given
+        return found is not None and found.serves(given.keys(), any("lora" in kinds for kinds in given.values()))
 
     def rule(places: list[Site]) -> str:
         return "fast" if all(is_fast(site.module) for site in places) else "fallback"
@@ -124,15 +138,14 @@ def describe(model: nn.Module, params: EnsembleParams) -> Description:
     rows = []
     for name, places in anatomy.sites.items():
         first = places[0]
-        vectors = rank1_names(name) if name in anatomy.layouts else ()
-        mine = [tensors[name], *(tensors[vector] for vector in vectors if vector in tensors)]
+        mine = [tensors[name], *(x for xs in added.get(name, {}).values() for x in xs)]
         rows.append(
             Row(
                 module=first.name.rpartition(".")[0],
                 kind=type(first.module).__name__,
                 name=first.leaf,
                 shape=anatomy.shapes[name],
-                held=("stacked" if name in params.stacked else "shared") + (" + r, s" if len(mine) > 1 else ""),
+                held=held(name),
                 rule=rule(places) if len(mine) > 1 else "none",
                 parameters=_count(mine, Tensor.numel),
                 bytes=_count(mine, _bytes),

@@ -84,7 +84,7 @@ def ensemble_params(
         raise ValueError(f"stacked: chooses no parameter of the model, got {stacked!r}")
     shared = {name: own[name].detach().clone() for name in own if name not in owned}
     if reset is False:
-        stacks = _repeated(own, owned, E)
+        stacks = repeated(own, owned, E)
     else:
         stacks = fresh_members(anatomy, dict.fromkeys(owned, E), factory, cpu_generator(generator), 3, drawn)
     return EnsembleParams(_leaves(shared, own), _leaves(stacks, own))
@@ -157,12 +157,12 @@ def batchensemble_params(
     source = cpu_generator(generator)
     base: Mapping[str, Tensor] = own
     if use_base_weights:
-        stacks = _repeated(own, owned, E)
+        stacks = repeated(own, owned, E)
     else:
         copies = {name: E if name in owned else 1 for name in own}
         stacks = fresh_members(anatomy, copies, None, source, stacklevel=3)
         base = {name: stacks.pop(name)[0] for name in own if name not in owned}
-    stacks |= _repeated(base, biases, E)
+    stacks |= repeated(base, biases, E)
     shared = {name: base[name].detach().clone() for name in own if name not in stacks}
 
     drawn = starts(anatomy, weights, E, source)
@@ -185,7 +185,7 @@ def ensemble_buffers(model: nn.Module, E: int) -> dict[str, Tensor]:
     Raises TypeError or ValueError as `ensemble_params` does.
     """
     buffers = Anatomy(model).buffers
-    return _repeated(buffers, buffers, check_positive_int(E, "E"))
+    return repeated(buffers, buffers, check_positive_int(E, "E"))
 
 
 def _biases(anatomy: Anatomy, weights: Sequence[str]) -> list[str]:
@@ -198,7 +198,7 @@ def _biases(anatomy: Anatomy, weights: Sequence[str]) -> list[str]:
     ]
 
 
-def _repeated(tensors: Mapping[str, Tensor], names: Iterable[str], E: int) -> dict[str, Tensor]:
+def repeated(tensors: Mapping[str, Tensor], names: Iterable[str], E: int) -> dict[str, Tensor]:
     """`{name: [E, ...]}`, the same values for every member."""
     return {name: normal(repeat(tensors[name].detach(), "... -> E ...", E=E).clone()) for name in names}
 

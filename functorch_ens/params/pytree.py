@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functorch_ens.anatomy import Anatomy, is_numeric
+from functorch_ens.anatomy import Anatomy, is_numeric, member_names
 from functorch_ens.checks import advice, check_keys, shown
 
 
 class EnsembleParams(NamedTuple):
     """The parameters of E members: a pytree, as `torch.func`, `torch.optim` and `torch.utils._pytree` take them.
 
-    Keys are the names in `model.named_parameters()`; the rank-1 vectors of a weight `name` are `name_r` and `name_s`.
+    Keys are the names in `model.named_parameters()`; the rank-1 vectors of a weight `name` are `name_r` and `name_s`,
+    and its low-rank factors are `name_lora_A` and `name_lora_B`.
     """
 
     shared: dict[str, Tensor]
@@ -51,9 +52,16 @@ def check_is_params(params: Any) -> None:
     """TypeError where `params` is not an `EnsembleParams`."""
     if not isinstance(params, EnsembleParams):
         raise TypeError(
-            f"params: expected EnsembleParams, got {type(params).__name__}; ensemble_params, batchensemble_params and "
-            "stack_params make them"
+            f"params: expected EnsembleParams, got {type(params).__name__}; ensemble_params, batchensemble_params, "
+            "lora_params and stack_params make them"
         )
+
+
+def check_names(name: str, anatomy: Anatomy) -> None:
+    """ValueError where the model has a parameter of its own that is called as what members would add to `name`."""
+    if name not in anatomy.layouts:
+        taken = [each for each in member_names(name) if each in anatomy.names]
+        raise ValueError(f"model: it already has a parameter named {' and '.join(taken)}; leave {name} out of layers")
 
 
 def check_leaves(params: Any) -> None:
@@ -83,11 +91,11 @@ def check_params(params: Any, anatomy: Anatomy) -> int:
     if twice:
         raise ValueError(f"params: both shared and stacked: {twice}")
     given = {**shared, **stacked}
-    own = {name: tensor for name, tensor in given.items() if name not in anatomy.vectors}
+    own = {name: x for name, x in given.items() if name not in anatomy.vectors and name not in anatomy.factors}
     check_keys(own, anatomy.shapes, f"params: {anatomy.kind}")
-    alone = [(r, s) for r, s in anatomy.pairs if (r in given) != (s in given)]
+    alone = [(one, other) for one, other in anatomy.pairs if (one in given) != (other in given)]
     if alone:
-        raise ValueError(f"params: r and s come in pairs; one is missing of {alone}")
+        raise ValueError(f"params: r and s come in pairs, and so do lora_A and lora_B; one is missing of {alone}")
     _check_tensors("params", given)
     name, first = next(iter(stacked.items()))
     if first.ndim == 0 or first.shape[0] == 0:
@@ -95,6 +103,10 @@ def check_params(params: Any, anatomy: Anatomy) -> int:
     E = first.shape[0]
     _check_shapes("params", shared, anatomy.every_shape, ())
     _check_shapes("params", stacked, anatomy.every_shape, (E,))
+    for A, B in anatomy.factor_pairs:
+        if A in given and not given[A].shape[-2] == given[B].shape[-1] > 0:
+            ranks = given[A].shape[-2], given[B].shape[-1]
+            raise ValueError(f"params: {A}, {B}: expected one rank of 1 or more, got {ranks[0]} and {ranks[1]}")
     return E
 
 
@@ -150,14 +162,23 @@ def _check_strided(argument: str, values: Mapping[str, Tensor]) -> None:
 
 
 def _check_shapes(
-    argument: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], members: tuple[int, ...]
+    argument: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int | str, ...]], members: tuple[int, ...]
 ) -> None:
-    """ValueError, listing every misfit, where a tensor has not the shape `[*members, *shapes[name]]`."""
+    """ValueError, listing every misfit, where a tensor has not the shape `[*members, *shapes[name]]`.
+
+    A size in `shapes` that is a word stands for any number.
+    """
     wrong = [
-        f"{name}: expected {[*members, *shapes[name]]}, got {list(tensor.shape)}"
+        f"{name}: expected [{', '.join(map(str, (*members, *shapes[name])))}], got {list(tensor.shape)}"
         for name, tensor in tensors.items()
-        if tuple(tensor.shape) != (*members, *shapes[name])
+        if tuple(tensor.shape) != (*members, *shapes[name]) and not _fits(tensor, (*members, *shapes[name]))
     ]
     if wrong:
         axis = f" with a leading member axis of {members[0]}" if members else ""
         raise ValueError(f"{argument}: wrong shape{axis}: {'; '.join(wrong)}")
+
+
+def _fits(tensor: Tensor, shape: tuple[int | str, ...]) -> bool:
+    """Whether `tensor` has the `shape`, in which a word stands for any number."""
+    sizes = zip(tensor.shape, shape, strict=False)
+    return tensor.ndim == len(shape) and all(isinstance(want, str) or size == want for size, want in sizes)

@@ -90,8 +90,8 @@ def choose_rank1(layers: Selector | None, anatomy: Anatomy) -> set[str]:
             }
         if not found:
             raise ValueError(
-                f"layers: pattern {pattern!r} chooses no weight that can have r and s; a pattern must match the layers "
-                "themselves ('net.*' for what is inside net). The weights that have them by default: "
+                f"layers: pattern {pattern!r} chooses no weight that can have r and s, or A and B; a pattern must "
+                "match the layers themselves ('net.*' for what is inside net). The weights that have them by default: "
                 f"{sorted(set().union(*owned.values()))}"
             )
         chosen |= found

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from functorch_ens._torch import normal
-from functorch_ens.anatomy import Anatomy, is_numeric, rank1_names
-from functorch_ens.layers.weight import Rank1
+from functorch_ens.anatomy import Anatomy, is_numeric
+from functorch_ens.layers.weight import member_weight
 from functorch_ens.params.pytree import EnsembleParams, check_kinds, check_params
 from functorch_ens.trees import members as members_of
 
@@ -58,7 +58,7 @@ def stack_buffers(members: Sequence[Member], *, model: nn.Module | None = None) 
 
 
 def member_params(model: nn.Module, params: EnsembleParams, i: int) -> dict[str, Tensor]:
-    """The effective weights of member `i` as an ordinary network has them: `W * (r_i s_i^T)` for a rank-1 weight.
+    """The effective weights of member `i` as an ordinary network has them: `(W + B_i A_i) * (r_i s_i^T)`.
 
     >>> import torch, functorch_ens as fe
     >>> model = torch.nn.Linear(3, 2)
@@ -83,9 +83,8 @@ def member_params(model: nn.Module, params: EnsembleParams, i: int) -> dict[str,
     tensors = {**params.shared, **members_of(dict(params.stacked), int(i))}
     weights = {name: tensors[name].clone() for name in anatomy.parameters}
     for name, layout in anatomy.layouts.items():
-        r, s = rank1_names(name)
-        if r in tensors:
-            weights[name] = Rank1(weights[name], tensors[r], tensors[s], layout).materialise()
+        if found := member_weight(tensors, name, layout):
+            weights[name] = found.materialise()
     return {name: weights[first] for name, first in anatomy.names.items()}
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from functorch_ens.anatomy import Anatomy, rank1_names
-from functorch_ens.checks import check_callable, check_number, shown
+from functorch_ens.checks import check_callable, check_number, check_tensor, shown
+from functorch_ens.params.pytree import check_names
 
 INITS = ("normal", "random_sign", "ones")
 
-Draw = Callable[[str, tuple[int, int], torch.Generator], Tensor]
-"""A function of the user's, `(name, shape, generator) -> tensor`, for the vector `name` of `shape` `[E, n]`."""
+Draw = Callable[[str, tuple[int, ...], torch.Generator], Tensor]
+"""A function of the user's, `(name, shape, generator) -> tensor`, for the tensor of this name and shape (`[E, n]`)."""
 
 Init = str | Draw | Mapping[str, str | Draw] | None
 
@@ -55,17 +56,13 @@ class Starts:
         """
         vectors: dict[str, Tensor] = {}
         for weight in weights:
-            if weight not in anatomy.layouts:
-                r_name, s_name = rank1_names(weight)
-                raise ValueError(
-                    f"model: it already has a parameter named {r_name} or {s_name}; leave {weight} out of layers"
-                )
+            check_names(weight, anatomy)
             for name, side in zip(rank1_names(weight), "rs", strict=True):
                 names = _names(anatomy, weight, side)
                 (length,) = anatomy.vectors[name]
                 init, shape = self._inits(names), (E, length)
                 if callable(init):
-                    vectors[name] = _drawn_by(init, name, shape, generator)
+                    vectors[name] = drawn_by(init, name, shape, generator)
                 elif init == "ones":
                     vectors[name] = torch.ones(shape, dtype=torch.float64, device="cpu")
                 elif init == "random_sign":
@@ -146,13 +143,12 @@ def _names(anatomy: Anatomy, weight: str, side: str) -> list[str]:
     return found
 
 
-def _drawn_by(init: Draw, name: str, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """The vector that a user's function draws; TypeError or ValueError where it is not one."""
+def drawn_by(init: Draw, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """What a user's function draws for `name`; TypeError or ValueError where it is no tensor `shape` of numbers."""
     drawn = init(name, shape, generator)
-    if not isinstance(drawn, Tensor):
-        raise TypeError(f"init: expected a function that returns a tensor, for {name} it returned {shown(drawn)}")
+    check_tensor(drawn, "init", f"a function that returns a tensor {list(shape)} for {name}")
     if tuple(drawn.shape) != shape:
-        raise ValueError(f"init: expected {list(shape)} for {name}, the function returned {list(drawn.shape)}")
+        raise ValueError(f"init: expected a tensor {list(shape)} for {name}, it returned {list(drawn.shape)}")
     if not drawn.isfinite().all():
-        raise ValueError(f"init: expected finite numbers for {name}, the function returned others")
-    return drawn.detach().to("cpu", torch.complex128 if drawn.is_complex() else torch.float64)
+        raise ValueError(f"init: expected finite numbers for {name}, it returned others")
+    return drawn.detach()

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.func import grad
-from torch.utils._pytree import tree_map_only
 
+from functorch_ens._torch import pytree
 from functorch_ens.checks import check_keys, check_mapping, shown
 from functorch_ens.forward.call import check_member_axis
 from functorch_ens.forward.forward import Forward
@@ -201,7 +201,7 @@ class Objective:
             outputs = self.forward.called(params, tuple(inputs), kwargs, buffers, modes)
             outputs, new = (outputs, {}) if buffers is None else outputs
             if self._autocast is not None:  # torch's autocast does this for losses, but not inside vmap
-                outputs = tree_map_only(Tensor, lambda x: x.float() if x.dtype == self._autocast else x, outputs)
+                outputs = pytree.tree_map_only(Tensor, lambda x: x.float() if x.dtype == self._autocast else x, outputs)
             losses = self.losses(outputs, target, member_targets=self.member_targets, values=values)
         return losses.sum() if self._reduction == "sum" else losses.sum() / E, losses, new
 

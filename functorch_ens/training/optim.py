@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from functorch_ens.anatomy import rank1_names
+from functorch_ens.anatomy import lora_names, rank1_names
 from functorch_ens.checks import check_has_values, check_number, check_of_members, check_tensor, shown
 from functorch_ens.params.pytree import EnsembleParams, check_is_params, check_leaves
 
@@ -29,7 +29,9 @@ def param_groups(
     rank1_weight_decay: float | Tensor = 0.0,
     **values: Any,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any optimiser of torch.optim: hyperparameters by member, and r and s apart from the rest.
+    """Parameter groups for any optimiser of torch.optim: hyperparameters by member, and each kind of tensor apart.
+
+    The groups are named `"shared"`, `"rank-1"` (r and s), `"lora"` (A and B) and `"stacked"` (whole copies).
 
     >>> import torch, functorch_ens as fe
     >>> model = torch.nn.Linear(3, 2)
@@ -79,13 +81,14 @@ def param_groups(
                 f"{key}: expected one number, got {list(value.shape)}, one for each member, but all members share "
                 f"{len(shared)} trained tensors; only a classic ensemble has members of their own throughout"
             )
-    vectors = {vector for name in params.shared for vector in rank1_names(name)}
+    kinds = {vector: "rank-1" for name in params.shared for vector in rank1_names(name)}
+    kinds |= {factor: "lora" for name in params.shared for factor in lora_names(name)}
     of_rank1 = {**values, "weight_decay": rank1_weight_decay}
     if "lr" in values:
         of_rank1["lr"] = values["lr"] * factor
     groups = [{"name": "shared", "params": shared, **values}] if shared else []
-    for kind, mine in (("rank-1", of_rank1), ("stacked", values)):
-        stacks = [t for name, t in params.stacked.items() if (name in vectors) is (kind == "rank-1")]
+    for kind, mine in (("rank-1", of_rank1), ("lora", values), ("stacked", values)):
+        stacks = [stack for name, stack in params.stacked.items() if kinds.get(name, "stacked") == kind]
         trained = [stack for stack in stacks if stack.requires_grad]
         if trained:
             groups += _groups(kind, trained, mine)

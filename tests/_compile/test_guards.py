@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -175,7 +176,7 @@ def _guards(monkeypatch: pytest.MonkeyPatch, model: nn.Module, params: fe.Ensemb
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("make", [fe.ensemble_params, fe.batchensemble_params])
+@pytest.mark.parametrize("make", [fe.ensemble_params, fe.batchensemble_params, partial(fe.lora_params, rank=2)])
 @pytest.mark.parametrize("norm", [False, True])
 def test_few_guards_are_kept_however_deep_the_model(monkeypatch: pytest.MonkeyPatch, make: Any, norm: bool) -> None:
     """Of each module its class and its mode; of each tensor its shape; of each norm its statistics and name."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_same, compiler
+from oracle import assert_same, compiler, low_rank, tensors_of
 from torch import Tensor, nn
 from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -167,6 +167,15 @@ def _mlp(*sizes: int) -> nn.Sequential:
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_it_is_in_the_first_layer_of_a_batchensemble(reduction: str) -> None:
     assert _count(_mlp(21, 13, 9, 4), torch.randn(7, 21), reduction=reduction) == 1
+
+
+@pytest.mark.usefixtures("everything")
+@pytest.mark.parametrize("rank1", [False, True])
+def test_it_is_right_beside_low_rank_factors(rank1: bool) -> None:
+    model = _mlp(21, 13, 4)
+    params = low_rank(model, 3, 2, rank1)
+    count = _count(model, torch.randn(7, 21), params, lambda name: tensors_of(params)[name].requires_grad)
+    assert count == rank1  # the base is frozen without r and s
 
 
 @pytest.mark.usefixtures("everything")

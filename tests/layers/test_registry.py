@@ -186,6 +186,7 @@ def test_a_user_layer_can_have_a_rule_and_a_layout() -> None:
     @fe.rank1_rule(Mix)
     def mix(layer: Mix, x: Tensor, *, weight: fe.Rank1) -> Tensor:
         calls.append(layer)
+        assert weight.r is not None and weight.s is not None
         return (x * weight.s) @ weight.weight * weight.r
 
     model, x = Mix().double(), randn(5, 3)

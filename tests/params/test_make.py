@@ -322,7 +322,7 @@ def test_nothing_to_vary_is_an_error() -> None:
 def test_a_name_that_r_or_s_would_take_is_an_error() -> None:
     model = nn.Linear(2, 2)
     model.weight_r = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="already has a parameter named weight_r or weight_s"):
+    with pytest.raises(ValueError, match="already has a parameter named weight_r; leave weight out"):
         fe.batchensemble_params(model, 2)
     assert fe.ensemble_params(model, 2, reset=False).stacked["weight_r"].shape == (2, 2)
 

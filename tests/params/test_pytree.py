@@ -34,6 +34,14 @@ def _bad_params(change: str) -> Any:
             shared = None
         case "r without s":
             del stacked["0.weight_s"]
+        case "A without B":
+            stacked["0.weight_lora_A"] = torch.ones(3, 2, 3)
+        case "two ranks":
+            stacked |= {"0.weight_lora_A": torch.ones(3, 2, 3), "0.weight_lora_B": torch.ones(3, 4, 1)}
+        case "rank 0":
+            stacked |= {"0.weight_lora_A": torch.ones(3, 0, 3), "0.weight_lora_B": torch.ones(3, 4, 0)}
+        case "a wrong side":
+            stacked |= {"0.weight_lora_A": torch.ones(3, 2, 4), "0.weight_lora_B": torch.ones(3, 4)}
         case "twice":
             stacked["0.bias"] = torch.ones(3, 4)
         case "member axis":
@@ -54,7 +62,19 @@ def _bad_params(change: str) -> Any:
         ("unexpected", ValueError, r"params.*missing \[\], unexpected \['2.weight'\]"),
         ("no tensor", TypeError, r"params: expected tensors, got \{'1.bias': 'float'\}"),
         ("no dicts", TypeError, "params: expected EnsembleParams of two dicts, got NoneType and dict"),
-        ("r without s", ValueError, r"params: r and s come in pairs.*0.weight_r"),
+        (
+            "r without s",
+            ValueError,
+            r"params: r and s come in pairs.*one is missing of \[\('0.weight_r', '0.weight_s'\)\]",
+        ),
+        ("A without B", ValueError, r"params: r and s come in pairs, and so do lora_A and lora_B.*\('0.weight_lora_A'"),
+        ("two ranks", ValueError, r"0.weight_lora_A, 0.weight_lora_B: expected one rank of 1 or more, got 2 and 1"),
+        ("rank 0", ValueError, r"0.weight_lora_A, 0.weight_lora_B: expected one rank of 1 or more, got 0 and 0"),
+        (
+            "a wrong side",
+            ValueError,
+            r"A: expected \[3, rank, 3\], got \[3, 2, 4\]; .*B: expected \[3, 4, rank\], got \[3, 4\]",
+        ),
         ("twice", ValueError, r"params: both shared and stacked: \['0.bias'\]"),
         ("member axis", ValueError, r"params: wrong shape.*1.weight_r: expected \[3, 2\], got \[2, 2\]"),
         ("no member axis", ValueError, r"params: 0.weight_r: expected a leading member axis"),

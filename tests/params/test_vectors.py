@@ -157,7 +157,11 @@ def test_a_function_gets_name_shape_and_generator(dtype: torch.dtype) -> None:
         ({"init": 3}, TypeError, "init: expected one of"),
         ({"init": lambda name: torch.ones(2)}, TypeError, "init: expected one of"),
         ({"init": lambda name, shape, generator: 1.0}, TypeError, "init: expected a function that returns a tensor"),
-        ({"init": lambda name, shape, generator: torch.ones(2)}, ValueError, "init: expected [4, 80] for 0.weight_r"),
+        (
+            {"init": lambda name, shape, generator: torch.ones(2)},
+            ValueError,
+            "init: expected a tensor [4, 80] for 0.weight_r",
+        ),
         ({"init": lambda name, shape, generator: torch.ones(shape) / 0}, ValueError, "init: expected finite numbers"),
         ({"flip": 1.5}, ValueError, "flip: expected a probability, from 0 to 1, got 1.5"),
         ({"flip": -0.1}, ValueError, "flip: expected a finite number >= 0, got -0.1"),
