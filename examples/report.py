@@ -58,8 +58,8 @@ def table(results: Results) -> str:
         if len(result["runs"]) > 1:
             rows.append(["", *(f"±{_number(_spread(each))}" for each in values), *("" for _ in _COSTS)])
     note = (
-        "NLL, T: half of the test images at the temperature fitted to the other half. s/epoch: of E epochs of one "
-        "network on E x rows."
+        "NLL, T: half of the test images at the temperature fitted to the other half. s/epoch: of one network on E x "
+        "rows, the time of E epochs."
     )
     return f"{aligned(rows)}\n\n{note}"
 
@@ -67,7 +67,7 @@ def table(results: Results) -> str:
 def in_words(results: Results) -> str:
     """What was gained over one network, and at what cost."""
     one, *others = results.items()
-    lines = []
+    lines = [f"Against {one[0]}, means and standard deviations over the seeds:"]
     for name, result in others:
         gains = [
             [(a - b) * sign for a, b in zip(_of(result, key), _of(one[1], key), strict=True)]
@@ -77,8 +77,8 @@ def in_words(results: Results) -> str:
         size = result["parameters"] / one[1]["parameters"]
         time = result["epoch_seconds"] / one[1]["epoch_seconds"]
         lines.append(
-            f"{name}: {points[0]:+.1f} ± {points[1]:.1f} points of accuracy and {nats[0]:.3f} ± {nats[1]:.3f} less NLL "
-            f"than one network, for {size:.3g} times its parameters and {time:.2g} times its training time."
+            f"{name}: {points[0]:+.1f} ± {points[1]:.1f} points of accuracy and {-nats[0]:+.3f} ± {nats[1]:.3f} NLL, "
+            f"for {size:.3g} × the parameters and {time:.2g} × the training time."
         )
     return "\n".join(lines)
 

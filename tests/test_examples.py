@@ -34,22 +34,42 @@ def _run(tmp_path: Path, *options: str) -> dict[str, Any]:
 
 
 def test_the_main_job_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = _run(tmp_path, "--epochs", "8", "--members", "3", "--no-compile")
-    single, classic, be = (report["results"][kind] for kind in ("single network", "classic ensemble", "BatchEnsemble"))
-    for result, E in ((single, 1), (classic, 3), (be, 3)):
-        assert result["members"] == E == len(result["member_accuracy"]) == len(result["member_nll"])
-        assert result["ensemble_accuracy"] > 0.9 and 0 < result["ensemble_nll"] < 0.4
-        # Jensen: the mean probability is never worse than the mean of the members' log-probabilities.
-        assert result["ensemble_nll"] <= sum(result["member_nll"]) / E + 1e-9
-        assert result["epoch_seconds"] > 0 and result["evaluate_seconds"] > 0 and result["compile_seconds"] == 0
-    assert single["disagreement"] == 0 and classic["disagreement"] > 0 and be["disagreement"] > 0
+    report = _run(tmp_path, "--epochs", "8", "--members", "3", "--seeds", "2", "--no-compile")
+    names = ["one network", "one network, E x rows", "classic ensemble", "BatchEnsemble"]
+    assert list(report["results"]) == names
+    single, same_cost, classic, be = (report["results"][name] for name in names)
+    for result, E in ((single, 1), (same_cost, 1), (classic, 3), (be, 3)):
+        assert result["members"] == E and len(result["runs"]) == 2
+        for run in result["runs"]:
+            assert E == len(run["member_accuracy"]) == len(run["member_nll"])
+            assert run["accuracy"] > 0.7 and 0 < run["nll"] < 1 and 0 < run["nll_at_temperature"] < 1
+            # Jensen: the mean probability is never worse than the mean of the members' log-probabilities.
+            assert run["nll"] <= sum(run["member_nll"]) / E + 1e-9
+            assert (run["disagreement"] > 0) is (E > 1) and run["seconds"] > 0
+        assert result["runs"][0] != result["runs"][1]
+        assert result["epoch_seconds"] > 0 and result["compile_seconds"] == 0
     mlp = 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
     assert (single["parameters"], classic["parameters"]) == (mlp, 3 * mlp)
     assert be["parameters"] == mlp + 3 * (64 + 128 + 128 + 128 + 128 + 10)
     assert be["bytes"] == 4 * be["parameters"]
     lines = capsys.readouterr().out.splitlines()
-    table = [line for line in lines if line.startswith(("single", "classic", "BatchE", " " * 10))]
-    assert len(table) == 4 and len({len(line) for line in table}) == 1, "the columns do not line up"
+    table = [line for line in lines if line.startswith((*(f"{name}  " for name in names), " " * 10))]
+    assert len(table) == 9 and len({len(line) for line in table}) == 1, "the columns do not line up"
+    gain = sum(b["accuracy"] - a["accuracy"] for a, b in zip(single["runs"], be["runs"], strict=True)) / 2
+    (said,) = [line for line in lines if line.startswith("BatchEnsemble: ")]
+    assert float(said.split()[1]) == pytest.approx(100 * gain, abs=0.06) and "1.07 × the parameters" in said
+
+
+@pytest.mark.compile
+def test_on_digits_the_default_gains_what_a_classic_ensemble_does(tmp_path: Path) -> None:
+    results = _run(tmp_path, "--seeds", "3")["results"]
+
+    def mean(name: str, key: str) -> float:
+        return sum(run[key] for run in results[name]["runs"]) / 3
+
+    for key in ("nll", "nll_at_temperature"):
+        best = min(mean("one network", key), mean("one network, E x rows", key))
+        assert mean("BatchEnsemble", key) < best - 0.5 * (best - mean("classic ensemble", key))
 
 
 @pytest.mark.compile
@@ -77,8 +97,10 @@ def test_the_notebook_runs_and_is_kept_with_its_outputs(tmp_path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_result(tmp_path: Path) -> None:
     def accuracies() -> Any:
-        results = _run(tmp_path, "--epochs", "1", "--members", "2", "--no-compile", "--seed", "3")["results"]
-        return [(result["member_nll"], result["disagreement"]) for result in results.values()]
+        results = _run(tmp_path, "--epochs", "1", "--members", "2", "--no-compile", "--seed", "3", "--seeds", "1")[
+            "results"
+        ]
+        return [[(run["member_nll"], run["disagreement"]) for run in result["runs"]] for result in results.values()]
 
     assert accuracies() == accuracies()
 
@@ -91,14 +113,26 @@ def test_other_models_on_a_folder_of_images(model: str, tmp_path: Path, capsys: 
             (folder / split / label).mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (18, 16 + i), (colour + i, colour, colour)).save(folder / split / label / f"{i}.png")
-    options = ["--data", "folder", "--data-dir", str(folder), "--model", model, "--epochs", "1", "--no-compile"]
+    options = [
+        "--data",
+        "folder",
+        "--data-dir",
+        str(folder),
+        "--model",
+        model,
+        "--epochs",
+        "1",
+        "--no-compile",
+        "--seeds",
+        "1",
+    ]
     with pytest.raises(SystemExit, match=r"differ in size.*give --image-size N"):
         compare.main(options)
     report = _run(folder.parent / "run", *options, "--image-size", "16", "--members", "2", "--batch-size", "4")
     assert all(
         result["bytes"] > 4 * result["parameters"] for result in report["results"].values()
     )  # BatchNorm's buffers
-    assert all(math.isfinite(result["ensemble_nll"]) for result in report["results"].values())
+    assert all(math.isfinite(result["runs"][0]["nll"]) for result in report["results"].values())
     assert "12 training and 4 test images of [3, 16, 16]" in capsys.readouterr().out
 
 
@@ -154,7 +188,7 @@ def test_without_a_compiler_it_runs_all_the_same(
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
     monkeypatch.setattr(compare, "compare", partial(_first_kind, compare.compare))
-    compare.main(["--epochs", "1", "--png", str(tmp_path / "plot.png")])
+    compare.main(["--epochs", "1", "--seeds", "1", "--png", str(tmp_path / "plot.png")])
     assert "torch.compile does not work here, so training goes on without it: no C++ compiler" in caplog.text
 
 
@@ -164,11 +198,9 @@ def _first_kind(own: Any, data: Any, args: Any) -> Any:
 
 
 def test_diverged_results_are_still_valid_json_and_a_plot(tmp_path: Path) -> None:
-    report = _run(tmp_path, "--epochs", "1", "--members", "2", "--no-compile", "--lr", "1e30")
-    assert (
-        report["results"]["single network"]["ensemble_nll"] is None
-        or report["results"]["single network"]["ensemble_nll"] > 100
-    )
+    report = _run(tmp_path, "--epochs", "1", "--members", "2", "--seeds", "1", "--no-compile", "--lr", "1e30")
+    nll = report["results"]["one network"]["runs"][0]["nll"]
+    assert nll is None or nll > 100
 
 
 @pytest.mark.parametrize(
@@ -178,7 +210,9 @@ def test_diverged_results_are_still_valid_json_and_a_plot(tmp_path: Path) -> Non
         ["--lr", "-1"],
         ["--lr", "inf"],
         ["--epochs", "many"],
-        ["--init", "zeros"],
+        ["--flip", "1.5"],
+        ["--noise", "loud"],
+        ["--seeds", "0"],
         ["--device", "nonsense"],
         ["--seed", "99999999999999999999"],
         ["--png", "."],
@@ -198,5 +232,5 @@ def test_help_and_a_compiled_run_from_the_command_line(tmp_path: Path) -> None:
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
     assert "--members" in run("--help")
-    assert "BatchEnsemble" in run("--epochs", "1", "--members", "2")
+    assert "BatchEnsemble" in run("--epochs", "1", "--members", "2", "--seeds", "1")
     assert (tmp_path / "compare.png").stat().st_size > 10_000

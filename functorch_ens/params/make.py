@@ -121,7 +121,7 @@ def batchensemble_params(
         init: how `r`, `s` start: `"random_sign"` (+1 or -1), `"normal"` or `"ones"` (equal members); a dict of these by
             pattern of layers or vectors (`{"*_s": "ones"}`; the first match decides, else None); or a function
             `(name, shape, generator) -> tensor`. None: `"normal"` if a mean or std is given, else `"random_sign"`.
-        flip: the probability of -1 (.5) for `"random_sign"`; or a dict by pattern.
+        flip: the probability of -1 for `"random_sign"`, or a dict by pattern. None: .5; with convolutions in it .1.
         r_mean, r_std, s_mean, s_std: for `"normal"`, N(1, .5) by default.
         bias: `"shared"`, or `"stacked"`: own biases in the layers that have `r` and `s`, from the same start.
         use_base_weights: start from the model's own parameters; False draws fresh ones, as `ensemble_params` does.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functorch_ens.anatomy import Anatomy, rank1_names
 from functorch_ens.checks import check_callable, check_number, check_tensor, shown
+from functorch_ens.layers.conv import CONVOLUTION
 from functorch_ens.params.pytree import check_names
 
 INITS = ("normal", "random_sign", "ones")
@@ -24,7 +25,11 @@ NUMBERS = {"r_mean": 1.0, "r_std": 0.5, "s_mean": 1.0, "s_std": 0.5}
 """The means and standard deviations of `"normal"`, where none are given."""
 
 FLIP = 0.5
-"""The share of -1 among random signs, where none is given."""
+"""The share of -1 among random signs, where none is given: members are as far apart as they can be."""
+
+FLIP_OF_SMALL = 0.1
+"""The same for a model with convolutions. It has few weights for what it must learn, and members that have little in
+common would not learn it; benchmarks/README.md has the figures."""
 
 
 class Starts:
@@ -42,7 +47,7 @@ class Starts:
             check_number(value, name, **({"minimum": 0.0} if name.endswith("std") else {}))
         self._numbers = {**NUMBERS, **given}
         self._inits = _Choice("init", init, "normal" if given else "random_sign", _check_init)
-        self._flips = _Choice("flip", flip, FLIP, _check_share)
+        self._flips = _Choice("flip", flip, None, _check_share)
         self._given = {"normal": list(given), "random_sign": [] if flip is None else ["flip"]}
 
     def __call__(
@@ -55,6 +60,7 @@ class Starts:
         Raises ValueError where a pattern matches no vector, or the model has a parameter of the name of one.
         """
         vectors: dict[str, Tensor] = {}
+        usual = FLIP_OF_SMALL if anatomy.instances(CONVOLUTION) else FLIP
         for weight in weights:
             check_names(weight, anatomy)
             for name, side in zip(rank1_names(weight), "rs", strict=True):
@@ -67,7 +73,8 @@ class Starts:
                     vectors[name] = torch.ones(shape, dtype=torch.float64, device="cpu")
                 elif init == "random_sign":
                     numbers = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
-                    vectors[name] = torch.where(numbers < self._flips(names), -1.0, 1.0).double()
+                    share = self._flips(names)
+                    vectors[name] = torch.where(numbers < (usual if share is None else share), -1.0, 1.0).double()
                 else:
                     mean, std = self._numbers[f"{side}_mean"], self._numbers[f"{side}_std"]
                     numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")

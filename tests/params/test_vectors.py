@@ -48,6 +48,14 @@ def test_random_signs_by_default_and_half_of_them_are_flipped() -> None:
         assert torch.equal(vectors["weight_r"], _stacked()["weight_r"])
 
 
+def test_a_model_with_convolutions_flips_fewer() -> None:
+    model = nn.Sequential(nn.Conv2d(500, 400, 3), nn.Flatten(), nn.Linear(400, 300))
+    for name, vector in _stacked(model).items():
+        assert vector.mean().item() == pytest.approx(0.8, abs=0.1), name
+    for name, vector in _stacked(model, flip={"0": 0.5}).items():
+        assert vector.mean().item() == pytest.approx(0.0 if name[0] == "0" else 0.8, abs=0.1), name
+
+
 def test_ones() -> None:
     assert {_kind(vector) for vector in _stacked(init="ones").values()} == {"ones"}
 
