@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -54,6 +55,8 @@ class Variant:
     params: Params
     groups: Mapping[str, Any] = field(default_factory=dict)
     sees: str = "same"
+    smoothing: float = 0.0
+    """Of the labels."""
     epochs: int = 1
     """The epochs, as a multiple of --epochs; 0 is E times."""
     fixed: bool = False
@@ -83,14 +86,16 @@ def variants() -> list[Variant]:
     def batch(*stacked: str, **options: Any) -> Params:
         def make(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
             owned = {name for part in stacked for name in parts(model)[part]}
-            given = {"init": "random_sign", **options}
+            given: dict[str, Any] = {"init": "random_sign", "flip": 0.5, **options}
+            if given["init"] != "random_sign":
+                del given["flip"]
             if owned:
                 given["stacked"] = lambda name, parameter: name in owned
             return fe.batchensemble_params(model, E, use_base_weights=False, generator=source, **given)
 
         return make
 
-    signs = "r, s are random signs"
+    signs, recipe = "r, s are random signs", batch(flip=None)
     return [
         Variant("single", "one network", classic, members=1),
         Variant("classic", "E networks: everything is stacked", classic),
@@ -116,10 +121,34 @@ def variants() -> list[Variant]:
         Variant("own order", f"{signs}; each member sees the data in an order of its own", batch(), sees="own"),
         Variant("own order, lr x .1", "both", batch(), {"rank1_lr_factor": 0.1}, sees="own"),
         Variant("own order, fixed", "both", batch(), fixed=True, sees="own"),
+        *(
+            Variant(f"flip {share:g}", f"own order; {share:.0%} of the signs are -1", batch(flip=share), sees="own")
+            for share in (0.25, 0.1, 0.05, 0.02, 0)
+        ),
+        Variant(
+            "r alone", "own order; half of the signs of r are -1, s is 1", batch(flip={"*_s": 0, "*": 0.5}), sees="own"
+        ),
+        Variant(
+            "s alone", "own order; half of the signs of s are -1, r is 1", batch(flip={"*_r": 0, "*": 0.5}), sees="own"
+        ),
+        Variant("recipe", "own order; the default share of signs", recipe, sees="own"),
+        Variant("recipe, fixed", "the same, not trained", recipe, fixed=True, sees="own"),
+        Variant("recipe, lr x .1", "r, s at a tenth of the rate", recipe, {"rank1_lr_factor": 0.1}, sees="own"),
+        Variant("recipe, decay", "weight decay 1e-3", recipe, {"weight_decay": 1e-3}, sees="own"),
+        Variant("recipe, smoothing", "label smoothing .1", recipe, sees="own", smoothing=0.1),
+        Variant("recipe, + norms", "own norm affines", batch("norms", flip=None), sees="own", needs_norms=True),
+        Variant("recipe, + last", "own last layer", batch("last", flip=None), sees="own"),
+        Variant("recipe, + norms, last", "both", batch("norms", "last", flip=None), sees="own", needs_norms=True),
+        Variant("recipe, normal .5", "r, s ~ N(1, .5)", batch(init="normal"), sees="own"),
+        Variant("recipe, long", "four times the epochs", recipe, sees="own", epochs=4),
+        Variant("half, long", "half of the signs, four times the epochs", batch(), sees="own", epochs=4),
+        Variant("classic, long", "E networks, four times the epochs", classic, sees="own", epochs=4),
+        Variant("single, smoothing", "one network, label smoothing .1", classic, members=1, smoothing=0.1),
+        Variant("classic, smoothing", "E networks, label smoothing .1", classic, sees="own", smoothing=0.1),
         Variant("split", f"{signs}; each member gets 1/E of a batch", batch(), sees="split"),
         Variant("split, long", "the same for E times as many epochs", batch(), sees="split", epochs=0),
         Variant("long", f"{signs}; twice as many epochs", batch(), epochs=2),
-        Variant("single, long", "one network, twice as many epochs", classic, members=1, epochs=2),
+        Variant("single, long", "one network, four times the epochs", classic, members=1, epochs=4),
         SAME_ROWS,
     ]
 
@@ -207,7 +236,7 @@ class Trial:
         train = task.train
         self.step = fe.make_train_step(
             self.forward,
-            F.cross_entropy,
+            partial(F.cross_entropy, label_smoothing=variant.smoothing),
             self.optimizer,
             prepare=lambda i: (normalise(train.images[i]), train.labels[i]),
             compile=options.compile,

@@ -7,7 +7,7 @@ for each class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -30,6 +30,11 @@ class Layout(NamedTuple):
 
     groups: int = 1
     transposed: bool = False  # axis 0 is the input
+
+    @property
+    def turned(self) -> Layout:
+        """The layout that reads axis 0 and axis 1 the other way round."""
+        return self._replace(transposed=not self.transposed)
 
     def sizes(self, weight: Tensor) -> tuple[int, int]:
         """The lengths (out, in) of `r` and `s` for `weight`."""
@@ -97,7 +102,12 @@ def can_be_rank1(parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and is_numeric(parameter)
 
 
-_layouts: dict[type[nn.Module], Callable[[Any], Layout]] = {}  # the rows of layers/ fill it
+_layouts: dict[type[nn.Module] | str, Callable[[Any], Layout]] = {}  # the rows of layers/ fill it
+
+
+def class_keys(layer: nn.Module) -> list[type | str]:
+    """The classes of `layer`, the nearest first, each followed by its full name: tables may have either."""
+    return [key for cls in type(layer).__mro__ for key in (cls, f"{cls.__module__}.{cls.__qualname__}")]
 
 
 def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout]) -> None:
@@ -120,6 +130,11 @@ def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout])
     """
     check_layer_types(layer_types)
     check_callable(layout, "layout", "a function of the layer that returns a Layout", ["layer"])
+    register_layout(layer_types, layout)
+
+
+def register_layout(layer_types: Iterable[type[nn.Module] | str], layout: Callable[[Any], Layout]) -> None:
+    """`rank1_layout`, also for classes that are not imported here, by their full names."""
     for layer_type in layer_types:
         _layouts[layer_type] = layout
 
@@ -135,14 +150,14 @@ def check_layer_types(layer_types: tuple[Any, ...]) -> None:
 
 def has_layout(layer: nn.Module) -> bool:
     """Whether a layout is registered for the class of `layer` or for one of its bases."""
-    return isinstance(layer, tuple(_layouts))
+    return any(key in _layouts for key in class_keys(layer))
 
 
 def layout_of(layer: nn.Module) -> Layout:
     """The layout of the weights of `layer`: the nearest registered class decides; else output first, then input."""
-    for layer_type in type(layer).__mro__:
-        if layer_type in _layouts:
-            found = _layouts[layer_type](layer)
+    for key in class_keys(layer):
+        if key in _layouts:
+            found = _layouts[key](layer)
             if not isinstance(found, Layout):
                 raise TypeError(f"layout: expected a function that returns a Layout, it returned {shown(found)}")
             return found

@@ -94,7 +94,8 @@ def take_apart(tree: Any, *, constants_only: bool = False) -> tuple[list[Tensor]
         elif constants_only and not isinstance(leaf, _CONSTANTS):
             raise TypeError(
                 "output: expected tensors, numbers, text or None in a pytree or a dataclass, got "
-                f"{type(leaf).__name__}; torch.utils._pytree.register_pytree_node makes a type of output one"
+                f"{type(leaf).__name__}; torch.utils._pytree.register_pytree_node makes a type of output one, or leave "
+                "it out (of the models of transformers, a cache: use_cache=False)"
             )
         else:
             values.append(leaf)

@@ -28,6 +28,22 @@ class Case(NamedTuple):
         )
 
 
+class Conv1D(nn.Module):
+    """Stands for the layer of this name in transformers, a Linear whose weight is `[in, out]`."""
+
+    __module__ = "transformers.pytorch_utils"  # by which it is known
+
+    def __init__(self, out: int, into: int) -> None:
+        super().__init__()
+        self.nf, self.nx = out, into
+        self.weight = nn.Parameter(torch.randn(into, out))
+        self.bias = nn.Parameter(torch.randn(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return rows.view(*x.shape[:-1], self.nf)
+
+
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
@@ -47,7 +63,8 @@ def norm_net(kind: type[nn.Module]) -> Any:
 @st.composite
 def _linear(draw: st.DrawFn) -> Case:
     into, out, lead = draw(sizes), draw(sizes), draw(st.lists(sizes, max_size=3))
-    return Case(nn.Linear(into, out, bias=draw(st.booleans())), (randn(*lead, into),))
+    layer = Conv1D(out, into) if draw(st.booleans()) else nn.Linear(into, out, bias=draw(st.booleans()))
+    return Case(layer, (randn(*lead, into),))
 
 
 @st.composite

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from cases import Conv1D
 from plain import combined, opened, plain_loop
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -70,7 +71,7 @@ def materialise(module: nn.Module, weight: Tensor, r: Tensor, s: Tensor) -> Tens
                 output, into = group * columns + b, a
             elif isinstance(module, _ConvNd):  # [out, in / groups, ...]
                 output, into = a, group * columns + b
-            elif isinstance(module, nn.Embedding | nn.EmbeddingBag):  # [vocabulary, embedding]
+            elif isinstance(module, nn.Embedding | nn.EmbeddingBag | Conv1D):  # [vocabulary, embedding], [in, out]
                 output, into = b, a
             else:  # [out, in, ...]
                 output, into = a, b
@@ -82,7 +83,7 @@ def materialise(module: nn.Module, weight: Tensor, r: Tensor, s: Tensor) -> Tens
 
 def merge(module: nn.Module, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """`W + B A` for a weight of `module`: axis 0 is the output, and the others the input; or the other way round."""
-    if isinstance(module, _ConvTransposeNd | nn.Embedding | nn.EmbeddingBag):
+    if isinstance(module, _ConvTransposeNd | nn.Embedding | nn.EmbeddingBag | Conv1D):
         return weight + torch.einsum("ki,ok->io", A, B).reshape(weight.shape)
     return weight + torch.einsum("ok,ki->oi", B, A).reshape(weight.shape)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
@@ -224,6 +225,30 @@ class Call:
             else f"each of the {self.E} members gets every input [B, ...] whole; member_inputs=True is for [E, B, ...]"
         )
         return f"functorch_ens: the model raised this for one member. The inputs have the shapes {given}: {axis}."
+
+
+class Keywords(NamedTuple):
+    """Which keyword arguments a model takes, as far as its signature says."""
+
+    required: frozenset[str]
+    accepted: frozenset[str]
+    others: bool
+    """Whether it takes any others, by `**kwargs`."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Keywords:
+        arguments = inspect.signature(model.forward).parameters.values()
+        named = [a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)]
+        required = frozenset(a.name for a in arguments if a.default is a.empty and a.kind not in _VARIABLE)
+        return cls(required, frozenset(a.name for a in named), any(a.kind is a.VAR_KEYWORD for a in arguments))
+
+    def take(self, given: Mapping[Any, Any]) -> bool:
+        """Whether the model can be called with the entries of `given` as its arguments."""
+        names = set(given)
+        return self.required <= names and (self.others or names <= self.accepted)
+
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def check_member_axis(

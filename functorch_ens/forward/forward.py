@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy
 from functorch_ens.checks import check_bool, check_option, check_positive_int, first_line
-from functorch_ens.forward.call import Call, Known, update_lost
+from functorch_ens.forward.call import Call, Keywords, Known, update_lost
 from functorch_ens.forward.failures import VmapCannot, interrupt_in, is_of_vmap, is_transient
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
@@ -132,6 +132,10 @@ class Forward:
                 ", ".join(sorted(iterators)),
             )
         return [each for _, value in found if (each := generator(value))]
+
+    def keywords(self) -> Keywords:
+        """Which keyword arguments the model takes."""
+        return Keywords.of(self._anatomy.written[0])
 
     def refresh(self) -> None:
         """Where the user has changed the model since, look at it anew, and raise `revision`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from functorch_ens.anatomy import Layout
@@ -18,5 +20,11 @@ def _rule(layer: nn.Linear, input: Tensor, *, weight: Rank1) -> Tensor:
     return weight.linear(input, layer.bias)
 
 
+def _rule_conv1d(layer: Any, x: Tensor, *, weight: Rank1) -> Tensor:
+    return weight.apply(x, lambda x, W: linear(x, W.mT), layer.bias)
+
+
 register(nn.Linear, layout=lambda layer: Layout(), pure={"forward": _pure}, rule=_rule)
 register(nn.Bilinear, layout=lambda layer: Layout())
+# The layer of GPT-2 is a Linear whose weight is [in, out]; transformers is not imported for it.
+register("transformers.pytorch_utils.Conv1D", layout=lambda layer: Layout(transposed=True), rule=_rule_conv1d)

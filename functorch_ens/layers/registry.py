@@ -16,7 +16,15 @@ from weakref import WeakValueDictionary
 from torch import Tensor, nn
 
 from functorch_ens import _torch
-from functorch_ens.anatomy import Anatomy, Layout, check_layer_types, layout_of, member_names, rank1_layout
+from functorch_ens.anatomy import (
+    Anatomy,
+    Layout,
+    check_layer_types,
+    class_keys,
+    layout_of,
+    member_names,
+    register_layout,
+)
 from functorch_ens.checks import check_bool, check_callable
 from functorch_ens.layers.weight import member_weight
 
@@ -66,13 +74,11 @@ def register(
     `base`, a common base of them, extends the `layout` to its other subclasses. The fast `rule` serves the layers for
     which `when(layer)` is true, as in `rank1_rule`, and low-rank weights too.
     """
-    types = tuple(layer_type for layer_type in layer_types if not isinstance(layer_type, str))
+    found = None if rule is None else Rule(rule, _served(rule), when, lora=True)
     for layer_type in layer_types:
-        _kinds[layer_type] = Kind(pure=pure or {}, attributes=attributes or {}, obstacle=obstacle)
+        _kinds[layer_type] = Kind(pure=pure or {}, attributes=attributes or {}, rule=found, obstacle=obstacle)
     if layout is not None:
-        rank1_layout(*(types if base is None else [base]), layout=layout)
-    if rule is not None:
-        rank1_rule(*types, when=when, lora=True)(rule)
+        register_layout(layer_types if base is None else [base], layout)
 
 
 def rank1_rule(
@@ -112,8 +118,7 @@ def rank1_rule(
 
     def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
         check_callable(rule, "rule", "a function (layer, x, *, weight)")
-        arguments = inspect.signature(rule).parameters.values()
-        weights = frozenset(a.name for a in arguments if a.kind is a.KEYWORD_ONLY and a.default is a.empty)
+        weights = _served(rule)
         if not weights:
             raise TypeError(
                 f"rule: {rule!r} must take the weights it serves as keyword-only arguments: (layer, x, *, weight)"
@@ -125,14 +130,20 @@ def rank1_rule(
     return decorate
 
 
+def _served(rule: Callable[..., Any]) -> frozenset[str]:
+    """The weights that `rule` serves: its keyword-only arguments."""
+    arguments = inspect.signature(rule).parameters.values()
+    return frozenset(a.name for a in arguments if a.kind is a.KEYWORD_ONLY and a.default is a.empty)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Look-ups
 
 
 def _rows(layer: nn.Module) -> list[tuple[type, Kind]]:
     """The rows of `layer`: of its class and of the bases of that, the nearest first."""
-    keys = [(cls, key) for cls in type(layer).__mro__ for key in (cls, f"{cls.__module__}.{cls.__qualname__}")]
-    return [(cls, _kinds[key]) for cls, key in keys if key in _kinds]
+    classes = [cls for cls in type(layer).__mro__ for _ in range(2)]
+    return [(cls, _kinds[key]) for cls, key in zip(classes, class_keys(layer), strict=True) if key in _kinds]
 
 
 def rule_of(layer: nn.Module) -> Rule | None:
@@ -154,10 +165,12 @@ def rule_of(layer: nn.Module) -> Rule | None:
 def rule_for(layer: nn.Module, layouts: Mapping[str, Layout]) -> Rule | None:
     """The rule for `layer` where its weights have these `layouts`; None where it has no rule that reads them so.
 
-    A rule reads a weight in the layout of its own layer. A weight tied to a layer of another layout is multiplied out.
+    A rule reads a weight in the layout of its own layer. A weight tied to a layer that reads it the other way round,
+    such as an embedding, is turned for it.
     """
-    found = rule_of(layer)
-    return found if found and all(layouts.get(leaf) == layout_of(layer) for leaf in found.weights) else None
+    found, own = rule_of(layer), layout_of(layer)
+    readable = (own, own.turned) if own.groups == 1 else (own,)
+    return found if found and all(layouts.get(leaf) in readable for leaf in found.weights) else None
 
 
 def obstacle(anatomy: Anatomy) -> str | None:
@@ -211,7 +224,7 @@ def specialise(copy: Any, layer: nn.Module, layouts: Mapping[str, Layout], side:
     for leaf in layouts:
         _torch.parameters_of(copy).update(dict.fromkeys(member_names(leaf)))
     if pure or layouts:
-        copy.__class__ = _specialised(cls, pure, tuple(layouts.items()), rule, side)
+        copy.__class__ = _specialised(cls, pure, tuple(layouts.items()), rule, layout_of(layer), side)
 
 
 def _defines(cls: type, layer: nn.Module, method: str) -> bool:
@@ -238,6 +251,7 @@ def _subclass(
     pure: tuple[tuple[str, Callable[..., Any]], ...],
     layouts: tuple[tuple[str, Layout], ...],
     rule: Rule | None,
+    read_as: Layout,
     side: str,
 ) -> type[nn.Module]:
     """A subclass of `cls` with the methods `pure`, whose weights in `layouts` are the effective ones of a member."""
@@ -256,7 +270,7 @@ def _subclass(
         assert rule is not None
         own = _torch.parameters_of(self)
         found = {leaf: member_weight(own, leaf, layout, side) for leaf, layout in layouts}
-        weights = {leaf: weight for leaf, weight in found.items() if weight is not None}
+        weights = {leaf: weight.read_as(read_as) for leaf, weight in found.items() if weight is not None}
         if not rule.serves(weights.keys(), any(weight.A is not None for weight in weights.values())):
             return plain(self, *args, **kwargs)
         return rule.forward(self, *args, **weights, **kwargs)

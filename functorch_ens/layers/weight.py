@@ -112,6 +112,16 @@ class Rank1(NamedTuple):
         B = [None] * parts if self.B is None else self.B.chunk(parts)
         return [self._replace(weight=rows[i], r=r[i], B=B[i]) for i in range(parts)]
 
+    def read_as(self, layout: Layout) -> Rank1:
+        """The same weight for a layer that reads it the other way round: the input of one is the output of the other.
+
+        That is so where one tensor is the weight of an embedding and of a Linear. Without groups, only.
+        """
+        if layout != self.layout.turned:
+            return self
+        A, B = (None, None) if self.A is None or self.B is None else (self.B.mT, self.A.mT)
+        return self._replace(r=self.s, s=self.r, A=A, B=B, layout=layout)
+
     def materialise(self) -> Tensor:
         """The effective weight `(W + B A) * (r s^T)`, of the shape of `weight`."""
         weight = self.weight

@@ -117,6 +117,7 @@ class Objective:
         self._reduction = reduction
         self._prepare = prepare
         self._autocast = autocast
+        self._keywords = forward.keywords()
 
     def __call__(self, E: int, work: Work, prepared: bool) -> Gradients:
         """The gradients of the members in `work`, by plain autograd: all that `.backward()` trains is trained.
@@ -196,6 +197,8 @@ class Objective:
         """The summed (or averaged) losses, the losses `[E]` and the new buffers."""
         trained, fixed, buffers, values, batch, kwargs, modes = work
         *inputs, target = batch if prepared else self.prepared(batch)
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping) and self._keywords.take(inputs[0]):
+            inputs, kwargs = [], {**kwargs, **inputs[0]}
         params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
         with self._precision(params.stacked.values()):
             outputs = self.forward.called(params, tuple(inputs), kwargs, buffers, modes)

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from cases import MODELS, Case, fast_layers, members, model_case, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import TOLERANCE, assert_same, both_kinds, gradients, loop
+from oracle import TOLERANCE, assert_same, both_kinds, gradients, loop, low_rank
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from zoo_written import Matrices
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from zoo_written import Matrices, Tied
 
 import functorch_ens as fe
 from functorch_ens import anatomy, layers
@@ -339,3 +340,59 @@ def test_layers_that_are_alike_share_a_class() -> None:
     other = fe.make_forward(nn.Linear(3, 2), rank1_side="activation")._known.templates.traced._module
     assert type(copies[0]) is type(copies[1]) is not type(other)
     assert isinstance(other, nn.Linear) and type(other).__name__ == "Linear"
+
+
+class _TiedConvolutions(nn.Module):
+    """An autoencoder whose decoder has the weight of its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Conv1d(3, 4, 2), nn.ConvTranspose1d(4, 3, 2)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x).tanh())
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the largest tensor that an operator returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("rank1", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("name", ["embedding", "convolution"])
+def test_a_tied_weight_is_fast_wherever_it_is_used(name: str, strategy: str, lora: bool, rank1: bool) -> None:
+    model = (Tied() if name == "embedding" else _TiedConvolutions()).double()
+    x = torch.randint(5, (4, 2)) if name == "embedding" else torch.randn(4, 3, 6, dtype=torch.float64)
+    params = low_rank(model, 3, 2, rank1) if lora else both_kinds(model, 3)[rank1]
+    assert {row.rule for row in fe.describe(model, params).rows if row.held.startswith("shared +")} <= {"fast"}
+    forward = fe.make_forward(model, strategy=strategy)
+    assert_same(forward(params, x), loop(model, params, x))
+    assert_same(gradients(forward, params, x), gradients(partial(loop, model), params, x))
+
+
+def test_a_tied_vocabulary_is_not_multiplied_out() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(1000, 8), "score": nn.Linear(8, 1000, bias=False)})
+    model["score"].weight = model["embed"].weight
+
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts["score"](self.parts["embed"](x))
+
+    forward, params = fe.make_forward(Language(), strategy="vmap"), fe.batchensemble_params(Language(), 4)
+    for _ in range(2):
+        with _Sizes() as sizes:
+            forward(params, torch.randint(1000, (2,))).sum().backward()
+    assert sizes.largest <= 4 * 2 * 1000  # the logits; E weights would be 4 * 1000 * 8

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import randn
+from cases import Conv1D, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from measure import peak_memory
-from oracle import assert_same, compile_whole, compiler, materialise, member_weights
+from oracle import assert_same, both_kinds, compile_whole, compiler, materialise, member_weights, tensors_of
 from plain import with_weights
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
@@ -1001,3 +1003,80 @@ def test_gradients_are_the_callers_and_those_of_a_step_are_in_the_same_memory_ag
     again = gradients_in_place(step, params, *second)
     for name, gradient in again.gradients.items():
         assert (gradient.data_ptr() == got.gradients[name].data_ptr()) is (chunk_size is not None)
+
+
+@dataclasses.dataclass
+class _LanguageOutput:
+    """As the models of transformers return it."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class _Language(nn.Module):
+    """A model that takes keywords, computes its own loss, and has a layer laid out as GPT-2's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.mix = Conv1D(4, 4)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, labels: Any = None) -> Any:
+        logits = self.head(self.mix(self.embed(input_ids)).tanh())
+        if attention_mask is not None:
+            logits = logits * attention_mask[..., None]
+        return _LanguageOutput(logits, None if labels is None else F.cross_entropy(logits.mT, labels))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_dict_becomes_keywords(kind: int, compile: bool) -> None:
+    model = _Language().double()
+    params = both_kinds(model, 3)[kind]
+    assert "fallback" not in {row.rule for row in fe.describe(model, params).rows}
+    batch = {
+        "input_ids": torch.randint(7, (4, 5)),
+        "attention_mask": torch.ones(4, 5, dtype=torch.float64),
+        "labels": torch.randint(7, (4, 5)),
+    }
+    step = fe.make_train_step(
+        fe.make_forward(model),
+        lambda out, y: out.loss,
+        torch.optim.SGD(tree_leaves(params)),
+        prepare=lambda batch: (batch, batch["labels"]),
+        compile={"backend": compiler(), "fullgraph": True} if compile else False,
+    )
+    got, losses, _ = step.gradients(params, batch)
+    members = [functional_call(model, member_weights(model, params, i), (), batch) for i in range(3)]
+    want = torch.stack([out.loss for out in members])
+    assert_same(losses, want.detach())
+    tensors = tensors_of(params)
+    slopes = torch.autograd.grad(want.sum(), list(tensors.values()))
+    assert_same(got, dict(zip(tensors, slopes, strict=True)))
+    for parts in (2, 4):
+        accumulated = fe.make_train_step(
+            fe.make_forward(model),
+            lambda out, y: out.loss,
+            torch.optim.SGD(tree_leaves(params)),
+            prepare=lambda batch: (batch, batch["labels"]),
+            accumulate=parts,
+            compile=False,
+        )
+        assert_same(accumulated.gradients(params, batch).gradients, got)
+
+
+def test_a_dict_that_is_an_argument_stays_one() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.layer(batch["x"])
+
+    model = Net()
+    params = fe.ensemble_params(model, 2)
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, optimizer, compile=False)
+    assert step(params, {"x": torch.randn(4, 3)}, torch.randint(2, (4,))).shape == (2,)
