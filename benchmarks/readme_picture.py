@@ -1,8 +1,9 @@
-"""Draw the picture of README.md from results/*.json: what an ensemble gains for its size, and the time of its steps.
+"""Draw the pictures of README.md from results/*.json: what an ensemble gains for its size, the time of its steps, and
+what the share of flipped signs does.
 
     python benchmarks/readme_picture.py
 
-Both files of results are written by quality.py and vmap_vs_be.py.
+The files of results are written by quality.py and vmap_vs_be.py.
 """
 
 from __future__ import annotations
@@ -28,9 +29,15 @@ GREY, BLUE, ORANGE, GREEN = "#666666", "#0072B2", "#D55E00", "#009E73"
 VARIANTS = {  # name in the results: (label, colour, marker)
     "single": ("one network", GREY, "o"),
     "classic": ("classic ensemble", BLUE, "s"),
-    "r, s": ("BatchEnsemble", ORANGE, "^"),
-    "own order, fixed": ("BatchEnsemble, README's recipe", GREEN, "D"),
+    "single, E x rows": ("one network, E × rows", GREEN, "^"),
+    "recipe": ("BatchEnsemble", ORANGE, "D"),
 }
+TASKS = {  # results/quality-dial-*-cpu.json: its title
+    "digits-mlp": "digits, MLP",
+    "cifar-mlp": "CIFAR-10, MLP",
+    "cifar-cnn": "CIFAR-10, CNN with BatchNorm",
+}
+SHARES = {"flip 0": 0, "flip 0.02": 0.02, "flip 0.05": 0.05, "flip 0.1": 0.1, "flip 0.25": 0.25, "own order": 0.5}
 CASES = {
     "small-mlp": "small MLP\nE = 32, B = 32",
     "mlp-32": "MLP\nE = 5, B = 32",
@@ -59,6 +66,44 @@ def draw(quality: dict[str, Any], speed: dict[str, Any]) -> Figure:
         left.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=7.5, columnspacing=1)
         _times(right.subplots(), speed["cases"])
     return figure
+
+
+def draw_dial(tasks: dict[str, dict[str, Any]]) -> Figure:
+    """Accuracy and NLL of a BatchEnsemble by the share of its signs that start at -1, one column for each task."""
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = plt.figure(figsize=(8, 4), layout="constrained")
+        axes: Any = figure.subplots(2, len(tasks), sharex=True, squeeze=False)
+        for column, (task, variants) in zip(axes.T, tasks.items(), strict=True):
+            column[0].set_title(TASKS[task], fontsize=10)
+            for ax, score in zip(column, ("accuracy", "nll"), strict=True):
+                _dial(ax, variants, score)
+            column[1].set_xlabel("share of −1 in r and s")
+        axes[0, 0].set_ylabel("accuracy")
+        axes[1, 0].set_ylabel("NLL (lower is better)")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _dial(ax: Axes, variants: dict[str, Any], score: str) -> None:
+    """The mean `score` over the seeds by the share of flipped signs, with those of other kinds as lines."""
+
+    def score_of(name: str) -> float:
+        return mean(run[score] for run in variants[name]["runs"])
+
+    for name, style in (("single", ":"), ("single, E x rows", "-."), ("classic", "--")):
+        text, colour, _ = VARIANTS[name]
+        ax.axhline(score_of(name), color=colour, linestyle=style, label=text)
+    shares = {name: share for name, share in SHARES.items() if name in variants}
+    places = range(len(shares))
+    ax.plot(places, [score_of(name) for name in shares], "D-", color=ORANGE, label="BatchEnsemble")
+    ax.set_xticks(places, [f"{share:g}".lstrip("0") or "0" for share in shares.values()])
+    worst = score_of("single, E x rows")
+    shown = [score_of(name) for name in (*shares, "single", "classic")]
+    low, high = min(shown), max(shown)
+    if not low - (high - low) < worst < high + (high - low):  # it would flatten all others
+        ax.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    ax.grid(alpha=0.3)
 
 
 def _gain(ax: Axes, variants: dict[str, Any], score: str, label: str) -> None:
@@ -96,15 +141,18 @@ def _times(ax: Axes, cases: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw the picture and write it to `--out`."""
+    """Draw the pictures; the one of the dial is written beside `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "readme.png", metavar="FILE", help="default: %(default)s")
     args = parser.parse_args(argv)
-    quality = json.loads((RESULTS / "quality-cifar-mlp-cpu.json").read_text())
+    quality = {task: json.loads((RESULTS / f"quality-dial-{task}-cpu.json").read_text()) for task in TASKS}
     speed = json.loads((RESULTS / "vmap_vs_be-cpu.json").read_text())
-    figure = draw(quality, speed)
-    figure.savefig(args.out, dpi=160)
-    plt.close(figure)
+    for figure, file in (
+        (draw(quality["cifar-mlp"], speed), args.out),
+        (draw_dial({task: found["variants"] for task, found in quality.items()}), args.out.with_name("dial.png")),
+    ):
+        figure.savefig(file, dpi=160)
+        plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Literal
 
@@ -80,12 +80,16 @@ def member_params(model: nn.Module, params: EnsembleParams, i: int) -> dict[str,
         raise TypeError(f"i: expected an int, got {i!r}")
     if not 0 <= i < E:
         raise ValueError(f"i: expected 0 <= i < {E}, got {i}")
-    tensors = {**params.shared, **members_of(dict(params.stacked), int(i))}
-    weights = {name: tensors[name].clone() for name in anatomy.parameters}
-    for name, layout in anatomy.layouts.items():
-        if found := member_weight(tensors, name, layout):
-            weights[name] = found.materialise()
+    weights = {name: weight.clone() for name, weight in effective(params, anatomy, int(i))}
     return {name: weights[first] for name, first in anatomy.names.items()}
+
+
+def effective(params: EnsembleParams, anatomy: Anatomy, i: int) -> Iterator[tuple[str, Tensor]]:
+    """The effective weights of member `i`, by their first names; some are those of `params` themselves."""
+    tensors = {**params.shared, **members_of(dict(params.stacked), i)}
+    for name in anatomy.parameters:
+        found = member_weight(tensors, name, anatomy.layouts[name]) if name in anatomy.layouts else None
+        yield name, tensors[name] if found is None else found.materialise()
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

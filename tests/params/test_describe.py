@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 from cases import MODELS, model_case
 from torch import Tensor, nn
 from zoo_written import Tied
@@ -65,9 +68,42 @@ def test_a_tied_weight_is_listed_once() -> None:
     model = Tied()
     rows = fe.describe(model, fe.batchensemble_params(model, 2)).rows
     assert [row.name for row in rows] == ["weight", "weight", "bias"]
-    assert rows[0].module == "embed" and rows[0].rule == "fallback" and rows[0].held == "shared + r, s"
+    assert rows[0].module == "embed" and rows[0].rule == "fast" and rows[0].held == "shared + r, s"
 
 
 def test_params_of_another_model_are_an_error() -> None:
     with pytest.raises(ValueError, match="params: Linear"):
         fe.describe(nn.Linear(2, 2), fe.ensemble_params(nn.PReLU(2), 2, reset=False))
+
+
+@pytest.mark.filterwarnings("ignore:init. all members start equal:UserWarning")
+def test_how_far_members_are_apart() -> None:
+    model = nn.Sequential(nn.Conv1d(40, 60, 3, bias=False), nn.Flatten(), nn.Linear(60, 50, bias=False))
+    for make, low, high in (
+        (fe.ensemble_params, 1.3, 1.5),
+        (lambda m, E: fe.batchensemble_params(m, E, flip=0.5), 1.3, 1.5),
+        (lambda m, E: fe.batchensemble_params(m, E, r_std=0.1, s_std=0.1), 0.15, 0.25),
+        (lambda m, E: fe.batchensemble_params(m, E, r_std=0.01, s_std=0.01), 0.015, 0.025),
+        (lambda m, E: fe.batchensemble_params(m, E, init="ones"), 0.0, 0.0),
+        (fe.lora_params, 0.0, 0.0),
+    ):
+        params = make(model, 3)
+        found = fe.describe(model, params)
+        members = [
+            torch.cat([w.detach().flatten() for w in fe.member_params(model, params, i).values()]) for i in range(3)
+        ]
+        pairs = [(members[i] - members[i + 1]).norm() for i in range(2)]
+        assert found.distance == pytest.approx(
+            float(sum(pairs)) / float(members[1].norm() + members[2].norm()), rel=1e-4
+        )
+        assert low <= found.distance <= high
+        assert ("the members' weights differ by only" in str(found)) is (high < 0.05)
+    one = fe.describe(model, fe.ensemble_params(model, 1))
+    assert math.isnan(one.distance) and "differ" not in str(one)
+    with torch.device("meta"):
+        shape_only = nn.Linear(3, 2)
+    meta = fe.EnsembleParams(
+        dict(shape_only.named_parameters()),
+        {"weight_r": torch.ones(2, 2, device="meta"), "weight_s": torch.ones(2, 3, device="meta")},
+    )
+    assert math.isnan(fe.describe(shape_only, meta).distance)
