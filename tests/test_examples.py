@@ -13,12 +13,15 @@ from typing import Any
 
 import compare
 import data
+import finetune
 import models
 import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
 from PIL import Image
+
+import functorch_ens as fe
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -234,3 +237,21 @@ def test_help_and_a_compiled_run_from_the_command_line(tmp_path: Path) -> None:
     assert "--members" in run("--help")
     assert "BatchEnsemble" in run("--epochs", "1", "--members", "2", "--seeds", "1")
     assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+def test_fine_tuning_starts_from_the_pretrained_network_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = finetune.Network(10), torch.randn(6, 1, 8, 8)
+    for name, (members, _, make) in finetune.kinds(3).items():
+        params = make(model, members, torch.Generator().manual_seed(0))
+        assert params.stacked["head.weight"].shape == (members, 10, 128)
+        trunk = fe.make_forward(model.trunk)
+        inner = fe.EnsembleParams(*({k[6:]: v for k, v in part.items() if k.startswith("trunk")} for part in params))
+        if inner.stacked and "BatchEnsemble" not in name:  # whose r and s are near 1, not 1
+            assert torch.allclose(trunk(inner, x), model.trunk(x).expand(members, -1, -1), atol=1e-5)
+    finetune.main(["--seeds", "1", "--epochs", "10"])
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith(tuple(finetune.kinds(5)))]
+    assert len(table) == 5 and len({len(line) for line in table}) == 1
+    assert all(float(re.findall(r" (0\.\d+)", line)[0]) > 0.7 for line in table)
+    with pytest.raises(SystemExit):
+        finetune.main(["--labels", "0"])
