@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from oracle import assert_same
 from torch import nn
 
-from functorch_ens.rng import Drawing, Draws, Parts, RandomState, cpu_generator
+from functorch_ens.draws import Draws
+from functorch_ens.rng import Drawing, Parts, RandomState, cpu_generator
 
 
 def test_a_state_comes_back() -> None:

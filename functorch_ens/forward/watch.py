@@ -23,9 +23,10 @@ from torch.overrides import TorchFunctionMode
 
 from functorch_ens import _torch
 from functorch_ens._torch import pytree
+from functorch_ens.draws import Draws
 from functorch_ens.forward.failures import VmapCannot, is_transient
 from functorch_ens.holds import names
-from functorch_ens.rng import Draws, was_seeded
+from functorch_ens.rng import was_seeded
 
 _IN_PLACE = "whose backward pass fails"
 WRONG_UNDER_VMAP = {
