@@ -480,7 +480,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the images (default: data)")
     add("--hold-out", type=positive, default=2, metavar="N", help="classes held out as outside (default: 2)")
     add("--image-size", type=positive, metavar="N", help="resize every image to N x N (default: keep)")
-    add("--model", default="mlp", help="mlp, cnn, or a torchvision model by name (default: mlp)")
+    add("--model", default="mlp", help="mlp, cnn (cnn16: narrower), or a torchvision model by name (default: mlp)")
     add("--only", nargs="+", metavar="PATTERN", default=["*"], help="names or patterns of variants (default: all)")
     add("--members", type=positive, default=5, metavar="E", help="members per ensemble (default: 5)")
     add("--epochs", type=positive, default=10, metavar="N", help="epochs of the single network (default: 10)")

@@ -217,7 +217,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", choices=["digits", "cifar10", "folder"], default="digits", help="the data set (default: %(default)s)")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the images (default: data)")
     add("--image-size", type=positive(int), metavar="N", help="resize every image to N x N (default: keep)")
-    add("--model", default="mlp", help="mlp, cnn, or a torchvision classification model by name (default: mlp)")
+    add("--model", default="mlp", help="mlp, cnn (cnn16: narrower), or a torchvision classifier by name (default: mlp)")
     add("--members", type=positive(int), default=5, metavar="E", help="members per ensemble (default: %(default)s)")
     add("--epochs", type=positive(int), default=20, metavar="N", help="passes over the data (default: %(default)s)")
     add("--batch-size", type=positive(int), default=32, metavar="B", help="images per step (default: %(default)s)")
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         data = load(args.data, args.data_dir, args.image_size, args.device)
         data = with_noise(data, args.noise)
-        if args.model not in ("mlp", "cnn"):
+        if args.model != "mlp" and not args.model.startswith("cnn"):
             data = with_channels(data, 3)
         results = compare(data, args)
     except (DataUnavailable, UnknownModel, Unusable) as error:

@@ -12,15 +12,15 @@ class UnknownModel(Exception):
 
 
 def make_model(name: str, image_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Build `"mlp"`, `"cnn"`, or a torchvision classification model, for images of `image_shape` `[C, H, W]`.
+    """Build `"mlp"`, `"cnn"` (`"cnn16"`: 16 channels first), or a torchvision model, for images `[C, H, W]`.
 
     Raises:
         UnknownModel: torchvision has no classification model of this name.
     """
     if name == "mlp":
         return mlp(prod(image_shape), classes)
-    if name == "cnn":
-        return cnn(image_shape[0], classes)
+    if name.startswith("cnn") and (name == "cnn" or name[3:].isdigit()):
+        return cnn(image_shape[0], classes, int(name[3:] or 32))
     from torchvision import models
 
     if name not in models.list_models(module=models):
