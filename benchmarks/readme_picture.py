@@ -35,7 +35,8 @@ VARIANTS = {  # name in the results: (label, colour, marker)
 TASKS = {  # results/quality-dial-*-cpu.json: its title
     "digits-mlp": "digits, MLP",
     "cifar-mlp": "CIFAR-10, MLP",
-    "cifar-cnn": "CIFAR-10, CNN with BatchNorm",
+    "cifar-cnn": "CIFAR-10, CNN",
+    "cifar-cnn16": "CIFAR-10, narrow CNN",
 }
 SHARES = {"flip 0": 0, "flip 0.02": 0.02, "flip 0.05": 0.05, "flip 0.1": 0.1, "flip 0.25": 0.25, "own order": 0.5}
 CASES = {
@@ -71,7 +72,7 @@ def draw(quality: dict[str, Any], speed: dict[str, Any]) -> Figure:
 def draw_dial(tasks: dict[str, dict[str, Any]]) -> Figure:
     """Accuracy and NLL of a BatchEnsemble by the share of its signs that start at -1, one column for each task."""
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = plt.figure(figsize=(8, 4), layout="constrained")
+        figure = plt.figure(figsize=(9.5, 4), layout="constrained")
         axes: Any = figure.subplots(2, len(tasks), sharex=True, squeeze=False)
         for column, (task, variants) in zip(axes.T, tasks.items(), strict=True):
             column[0].set_title(TASKS[task], fontsize=10)

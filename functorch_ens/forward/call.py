@@ -237,18 +237,30 @@ class Keywords(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module) -> Keywords:
-        arguments = inspect.signature(model.forward).parameters.values()
+        """None where the signature does not say: it hands on `*args`, is wrapped, or hooks may change the inputs."""
+        try:
+            arguments = inspect.signature(model.forward, follow_wrapped=False).parameters.values()
+        except (TypeError, ValueError):  # written in C, or no signature at all
+            arguments = {}.values()
+        if _torch.forward_hooks_of(model) or any(a.kind is a.VAR_POSITIONAL for a in arguments):
+            return cls(frozenset(), frozenset(), False)
         named = [a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)]
-        required = frozenset(a.name for a in arguments if a.default is a.empty and a.kind not in _VARIABLE)
+        required = frozenset(a.name for a in arguments if a.default is a.empty and a.kind is not a.VAR_KEYWORD)
         return cls(required, frozenset(a.name for a in named), any(a.kind is a.VAR_KEYWORD for a in arguments))
 
-    def take(self, given: Mapping[Any, Any]) -> bool:
-        """Whether the model can be called with the entries of `given` as its arguments."""
+    def take(self, given: Mapping[Any, Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the model can be called with the entries of `given` and with `kwargs` as its arguments.
+
+        Raises TypeError where both have an argument of one name.
+        """
         names = set(given)
-        return self.required <= names and (self.others or names <= self.accepted)
-
-
-_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if not (names & self.accepted and self.required <= names | set(kwargs)):
+            return False
+        if not (self.others or names <= self.accepted):
+            return False
+        if twice := sorted(names & set(kwargs)):
+            raise TypeError(f"{twice[0]}: expected once, got it in the batch and as a keyword argument of the step")
+        return True
 
 
 def check_member_axis(

@@ -121,6 +121,15 @@ class Forward:
 
     def _outside(self, model: nn.Module, chunk_size: int | None) -> list[Generator]:
         """The generators that a backward pass sets back, and that are not in attributes; only chunks need them."""
+        anew = {name or self._anatomy.kind for name, value in held(model) if is_iterator(value)} - self._told
+        if anew:
+            self._told |= anew
+            log.warning(
+                "%s: the iterator in %s begins anew in every call and for every member, as all that a model remembers "
+                "does. What goes on from call to call is a generator of random numbers, a buffer or an input",
+                self._anatomy.kind,
+                ", ".join(sorted(anew)),
+            )
         found = [] if chunk_size is None else list(held(model, by_code=True))
         iterators = {name or self._anatomy.kind for name, value in found if is_iterator(value)} - self._told
         if iterators:

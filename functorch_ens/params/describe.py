@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,8 +51,8 @@ class Description:
     """The number of values in one model."""
     model_bytes: int
     distance: float
-    """How far the weights of two members are apart, as a share of their norm: 1.4 where independent, 0 where equal.
-    It is the mean over neighbours among the first four; nan for one member, or for tensors without values."""
+    """How far members are apart in the weights that they do not share, as a share of the norm of these: 1.4 where
+    independent, 0 where equal. The mean over neighbours among the first four; nan for one member, or without values."""
 
     @property
     def parameters(self) -> int:
@@ -81,8 +81,10 @@ class Description:
             f"{self.bytes / self.model_bytes:.3g} times the size of one model, "
             f"{self.bytes / separate[1]:.3g} times that of {self.E} separate ones"
         )
-        near = f"\nthe members' weights differ by only {self.distance:.2g} of their norm" * (self.distance < NEAR)
-        return f"{self.model}, E = {self.E}\n{table}\n{share}{near}"
+        told = f"{self.model}, E = {self.E}\n{table}\n{share}"
+        if self.distance < NEAR and not any("lora" in row.held for row in self.rows):
+            told += f"\nthe members' weights differ by only {self.distance:.2g} of their norm"
+        return told
 
     def __repr__(self) -> str:
         return str(self)
@@ -162,26 +164,34 @@ def describe(model: nn.Module, params: EnsembleParams) -> Description:
             )
         )
     own = list(anatomy.parameters.values())
-    return Description(
-        anatomy.kind, E, rows, _count(own, Tensor.numel), _count(own, _bytes), _distance(params, anatomy)
-    )
+    of_members = [
+        name
+        for name, tensor in anatomy.parameters.items()
+        if tensor.dtype.itemsize > 1 and (added.get(name) or (name in params.stacked and tensors[name].requires_grad))
+    ]
+    distance = _distance(params, anatomy, of_members)
+    return Description(anatomy.kind, E, rows, _count(own, Tensor.numel), _count(own, _bytes), distance)
 
 
-def _distance(params: EnsembleParams, anatomy: Anatomy) -> float:
-    """`Description.distance`; it needs the weights of one member after another, never those of all."""
-    if params.E == 1 or any(tensor.is_meta for part in params for tensor in part.values()):
+def _distance(params: EnsembleParams, anatomy: Anatomy, names: Collection[str]) -> float:
+    """`Description.distance` by the weights `names`. It needs those of one member after another, never those of all."""
+    if params.E == 1 or not names or any(tensor.is_meta for part in params for tensor in part.values()):
         return math.nan
     apart = norms = 0.0
-    last: dict[str, Tensor] | None = None
+    last: list[Tensor] = []
     with torch.no_grad():
         for i in range(min(params.E, 4)):
-            weights = {n: w.to(torch.promote_types(w.dtype, torch.float32)) for n, w in effective(params, anatomy, i)}
-            norm = math.sqrt(sum(float(w.norm()) ** 2 for w in weights.values()))
-            if last is not None:
-                apart += math.sqrt(sum(float((w - last[name]).norm()) ** 2 for name, w in weights.items()))
-                norms += norm
+            found = [weight for name, weight in effective(params, anatomy, i) if name in names]
+            weights = [weight.to(torch.complex128 if weight.is_complex() else torch.float64) for weight in found]
+            if last:
+                apart += _norm(weight - before for weight, before in zip(weights, last, strict=True))
+                norms += _norm(weights)
             last = weights
     return apart / norms if norms else 0.0
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.abs().square().sum()) for tensor in tensors))
 
 
 def _bytes(tensor: Tensor) -> int:

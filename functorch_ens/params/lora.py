@@ -14,7 +14,7 @@ from functorch_ens.checks import (
     check_option,
     check_positive_int,
 )
-from functorch_ens.params.make import repeated
+from functorch_ens.params.make import repeated, tell_if_one
 from functorch_ens.params.pytree import EnsembleParams, check_names
 from functorch_ens.params.select import Selector, choose_parameters, choose_rank1
 from functorch_ens.params.vectors import Draw, drawn_by
@@ -94,21 +94,26 @@ def lora_params(
     for name, (into, out) in sides.items():
         A, B = lora_names(name)
         sums_nothing = isinstance(anatomy.sites[name][0].module, nn.Embedding | nn.EmbeddingBag) or not into
-        start = _start(init, A, (E, rank, into), 1 if sums_nothing else into, source)
+        start = _start(init, A, (E, rank, into), 1 if sums_nothing else into, own[name], source)
+        if start.numel() and not start.any():
+            raise ValueError(f"init: {A} starts at 0, as B does, and so both would be 0 for ever")
         factors[A] = (scale * start).to(own[name])
         factors[B] = own[name].new_zeros(E, out, rank)
     shared = {name: normal(own[name].detach().clone()) for name in own if name not in owned}
     trained = factors | repeated(own, owned, E)
+    tell_if_one(trained, E, "draw another A for each")
     return EnsembleParams(shared, {name: normal(x).requires_grad_(is_numeric(x)) for name, x in trained.items()})
 
 
-def _start(init: str | Draw, name: str, shape: tuple[int, ...], terms: int, source: torch.Generator) -> Tensor:
+def _start(
+    init: str | Draw, name: str, shape: tuple[int, ...], terms: int, like: Tensor, source: torch.Generator
+) -> Tensor:
     """`A`, drawn in float64 on the CPU, so that every dtype and device gets the same numbers.
 
     `terms` is the number of values that an output of `A` sums.
     """
     if not isinstance(init, str):
-        return drawn_by(init, name, shape, source)
+        return drawn_by(init, name, shape, like, source)
     if init == "normal":
         return torch.randn(shape, generator=source, dtype=torch.float64, device="cpu") * terms**-0.5
     return (2 * torch.rand(shape, generator=source, dtype=torch.float64, device="cpu") - 1) * terms**-0.5

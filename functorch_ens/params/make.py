@@ -82,6 +82,8 @@ def ensemble_params(
         owned = choose_parameters(stacked, anatomy)
     if not owned:
         raise ValueError(f"stacked: chooses no parameter of the model, got {stacked!r}")
+    if drawn is not None and not set(drawn) & set(owned):
+        raise ValueError(f"reset: {drawn} are shared by all members, with the model's own values; stacked: {owned}")
     shared = {name: own[name].detach().clone() for name in own if name not in owned}
     if reset is False:
         stacks = repeated(own, owned, E)
@@ -154,6 +156,8 @@ def batchensemble_params(
         )
     biases = [name for name in _biases(anatomy, weights) if bias == "stacked" and name not in owned]
 
+    if not weights and init is not None:
+        raise ValueError(f"init: no weight gets r and s, got {init!r}")
     source = cpu_generator(generator)
     base: Mapping[str, Tensor] = own
     if use_base_weights:
@@ -168,14 +172,7 @@ def batchensemble_params(
     drawn = starts(anatomy, weights, E, source)
     vectors = {vector: drawn[vector].to(own[name]) for name in weights for vector in rank1_names(name)}
     stacks = vectors | stacks
-    if E == 1:
-        warnings.warn("E: got 1, and one member is no ensemble: r and s only scale its layers", stacklevel=2)
-    elif all((stack == stack[0]).all() for stack in stacks.values()):
-        warnings.warn(
-            "init: all members start equal, and stay equal as long as they see the same rows; start from random signs, "
-            'or give each member rows of its own: index_batches(..., sees="own")',
-            stacklevel=2,
-        )
+    tell_if_one(stacks, E, "start from random signs")
     return EnsembleParams(_leaves(shared, own), _leaves(stacks, own))
 
 
@@ -186,6 +183,18 @@ def ensemble_buffers(model: nn.Module, E: int) -> dict[str, Tensor]:
     """
     buffers = Anatomy(model).buffers
     return repeated(buffers, buffers, check_positive_int(E, "E"))
+
+
+def tell_if_one(stacks: Mapping[str, Tensor], E: int, remedy: str) -> None:
+    """Warn the caller of a public function of members that are no ensemble: of one, or of such that are all equal."""
+    if E == 1:
+        warnings.warn("E: got 1, and one member is no ensemble", stacklevel=3)
+    elif not any(stack.is_meta or (stack != stack[0]).any() for stack in stacks.values()):
+        warnings.warn(
+            f"init: all members start equal, and stay equal as long as they see the same rows; {remedy}, or give each "
+            'member rows of its own: index_batches(..., sees="own")',
+            stacklevel=3,
+        )
 
 
 def _biases(anatomy: Anatomy, weights: Sequence[str]) -> list[str]:

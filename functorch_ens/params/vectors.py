@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from functorch_ens.anatomy import Anatomy, rank1_names
-from functorch_ens.checks import check_callable, check_number, check_tensor, shown
+from functorch_ens.checks import check_callable, check_has_values, check_number, check_tensor, shown
 from functorch_ens.layers.conv import CONVOLUTION
 from functorch_ens.params.pytree import check_names
 
@@ -60,6 +61,7 @@ class Starts:
         Raises ValueError where a pattern matches no vector, or the model has a parameter of the name of one.
         """
         vectors: dict[str, Tensor] = {}
+        parameters = anatomy.parameters
         usual = FLIP_OF_SMALL if anatomy.instances(CONVOLUTION) else FLIP
         for weight in weights:
             check_names(weight, anatomy)
@@ -68,7 +70,7 @@ class Starts:
                 (length,) = anatomy.vectors[name]
                 init, shape = self._inits(names), (E, length)
                 if callable(init):
-                    vectors[name] = drawn_by(init, name, shape, generator)
+                    vectors[name] = drawn_by(init, name, shape, parameters[weight], generator)
                 elif init == "ones":
                     vectors[name] = torch.ones(shape, dtype=torch.float64, device="cpu")
                 elif init == "random_sign":
@@ -118,8 +120,8 @@ class _Choice:
         """ValueError for a pattern that decides nothing, and so would be silently without effect."""
         if self._patterns:
             raise ValueError(
-                f"{self._argument}: pattern {min(self._patterns)!r} is the first to match none of {list(vectors)} and "
-                "their layers"
+                f"{self._argument}: pattern {min(self._patterns)!r} decides nothing: it is the first to match none of "
+                f"{list(vectors)} that starts so, nor their layers"
             )
 
 
@@ -128,6 +130,8 @@ def _check_init(value: Any, argument: str) -> str | Draw:
         if value not in INITS:
             raise ValueError(f"{argument}: expected one of {list(INITS)}, got {value!r}")
         return value
+    if isinstance(value, nn.Module):
+        raise TypeError(f"{argument}: expected a function, got {shown(value)}")
     expected = f"one of {list(INITS)}, a dict of them by name pattern, or a function (name, shape, generator) -> tensor"
     check_callable(value, argument, expected, ["name", "shape", "generator"])
     draw: Draw = value
@@ -135,9 +139,12 @@ def _check_init(value: Any, argument: str) -> str | Draw:
 
 
 def _check_share(value: Any, argument: str) -> float:
-    share = check_number(value, argument, minimum=0.0)
-    if share > 1:
-        raise ValueError(f"{argument}: expected a probability, from 0 to 1, got {value!r}")
+    expected = f"{argument}: expected a probability, from 0 to 1, got {shown(value)}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(expected)
+    share = float(value)
+    if not 0 <= share <= 1:
+        raise ValueError(expected)
     return share
 
 
@@ -150,12 +157,18 @@ def _names(anatomy: Anatomy, weight: str, side: str) -> list[str]:
     return found
 
 
-def drawn_by(init: Draw, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """What a user's function draws for `name`; TypeError or ValueError where it is no tensor `shape` of numbers."""
+def drawn_by(init: Draw, name: str, shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    """What a user's function draws for `name`, beside the weight `like`.
+
+    Raises TypeError or ValueError where that is no tensor `shape` of numbers.
+    """
     drawn = init(name, shape, generator)
     check_tensor(drawn, "init", f"a function that returns a tensor {list(shape)} for {name}")
     if tuple(drawn.shape) != shape:
         raise ValueError(f"init: expected a tensor {list(shape)} for {name}, it returned {list(drawn.shape)}")
+    check_has_values(drawn, "init")
+    if drawn.is_complex() and not like.is_complex():
+        raise TypeError(f"init: expected real numbers for {name}, the function returned {drawn.dtype}")
     if not drawn.isfinite().all():
         raise ValueError(f"init: expected finite numbers for {name}, it returned others")
     return drawn.detach()

@@ -24,8 +24,9 @@ from functorch_ens.trees import length_of
 
 log = logging.getLogger(__name__)
 
-ALIKE = 2e-3
-"""Members whose mean losses in an epoch differ by less than this share of them are taken for one network."""
+ALIKE = 2e-4
+"""Members whose mean losses in an epoch differ by less than this share of them are taken for one network. At the start
+those of different members may be near each other too, at that of chance."""
 AGREE = 5e-3
 """Members whose predictions differ on less than this share of the inputs are taken for one network."""
 
@@ -198,7 +199,7 @@ class Run:
             return
         if name == "loss":
             values = values[trained]
-            alike = bool(values.max() - values.min() <= ALIKE * values.abs().max())
+            alike = bool(values.any() and values.max() - values.min() <= ALIKE * values.abs().max())
             found = f"their losses in epoch {self.epoch} are equal to {ALIKE:g} of their value"
         else:
             alike = bool(values.double().mean() < AGREE)
@@ -207,7 +208,7 @@ class Run:
             self._told = True
             log.warning(
                 "the %d members are hardly an ensemble: %s. Unless the data are so easy, let them start further apart "
-                '(random signs, with a larger flip), or see rows of their own: index_batches(..., sees="own")',
+                '(a larger flip), or see rows of their own: index_batches(..., sees="own")',
                 len(trained),
                 found,
             )

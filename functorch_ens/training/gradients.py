@@ -197,7 +197,7 @@ class Objective:
         """The summed (or averaged) losses, the losses `[E]` and the new buffers."""
         trained, fixed, buffers, values, batch, kwargs, modes = work
         *inputs, target = batch if prepared else self.prepared(batch)
-        if len(inputs) == 1 and isinstance(inputs[0], Mapping) and self._keywords.take(inputs[0]):
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping) and self._keywords.take(inputs[0], kwargs):
             inputs, kwargs = [], {**kwargs, **inputs[0]}
         params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
         with self._precision(params.stacked.values()):

@@ -97,7 +97,7 @@ def test_how_far_members_are_apart() -> None:
             float(sum(pairs)) / float(members[1].norm() + members[2].norm()), rel=1e-4
         )
         assert low <= found.distance <= high
-        assert ("the members' weights differ by only" in str(found)) is (high < 0.05)
+        assert ("the members' weights differ by only" in str(found)) is (high < 0.05 and make is not fe.lora_params)
     one = fe.describe(model, fe.ensemble_params(model, 1))
     assert math.isnan(one.distance) and "differ" not in str(one)
     with torch.device("meta"):
@@ -107,3 +107,15 @@ def test_how_far_members_are_apart() -> None:
         {"weight_r": torch.ones(2, 2, device="meta"), "weight_s": torch.ones(2, 3, device="meta")},
     )
     assert math.isnan(fe.describe(shape_only, meta).distance)
+
+
+def test_what_members_share_or_nothing_trains_does_not_count_in_the_distance() -> None:
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    model[0].requires_grad_(False)
+    model.register_parameter("steps", nn.Parameter(torch.tensor([1, 2**40]), requires_grad=False))
+    for params in (
+        fe.ensemble_params(model, 3, stacked="1.*"),
+        fe.ensemble_params(model, 3, stacked=["*.weight", "*.bias", "steps"]),
+        fe.batchensemble_params(model, 3, flip=0.5, layers="1"),
+    ):
+        assert 1.2 < fe.describe(model, params).distance < 1.6

@@ -197,3 +197,33 @@ def test_a_new_model_is_not_taken_for_a_pretrained_one(name: str, dtype: torch.d
     for seed in range(5):
         torch.manual_seed(seed)
         fe.ensemble_params(LARGE[name]().to(dtype), 2)  # a warning would be an error here
+
+
+class _Decay(nn.Module):
+    """A weight whose start differs along its last axis, and has no randomness, as in state space models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = nn.Parameter(torch.empty(512, 16))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.rates.copy_(torch.arange(1.0, 17.0).expand(512, 16))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
+@pytest.mark.parametrize(
+    "make",
+    [_Decay, lambda: nn.Linear(0, 2), lambda: nn.Linear(4, 0), lambda: nn.Embedding(0, 3)],
+    ids=["in place", "no inputs", "no outputs", "no words"],
+)
+def test_odd_weights_are_no_false_alarm(make: Callable[[], nn.Module]) -> None:
+    for E in (2, 4):
+        assert fe.ensemble_params(make(), E).E == E
+
+
+def test_a_pattern_of_what_is_shared_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"reset: \['1.weight', '1.bias'\] are shared by all members"):
+        fe.ensemble_params(model, 2, reset="1.*", stacked="0.*")

@@ -403,3 +403,14 @@ def test_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fe.lora_params(small_net().requires_grad_(False), 2, rank=2)
+
+
+def test_factors_that_nothing_could_train_are_refused_and_equal_ones_are_told() -> None:
+    model = nn.Linear(6, 5)
+    with pytest.raises(ValueError, match="init: weight_lora_A starts at 0, as B does"):
+        fe.lora_params(model, 3, rank=2, init=lambda name, shape, generator: torch.zeros(shape))
+    with pytest.warns(UserWarning, match="all members start equal") as told:
+        fe.lora_params(model, 3, rank=2, init=lambda name, shape, generator: torch.ones(shape))
+    assert told[0].filename == __file__
+    with pytest.warns(UserWarning, match="E: got 1, and one member is no ensemble"):
+        fe.lora_params(model, 1, rank=2)

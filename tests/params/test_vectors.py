@@ -160,8 +160,8 @@ def test_a_function_gets_name_shape_and_generator(dtype: torch.dtype) -> None:
         ({"init": {"*": "signs"}}, ValueError, "init['*']: expected one of"),
         ({"init": {}}, ValueError, "init: expected name patterns as keys, got []"),
         ({"init": {3: "ones"}}, TypeError, "init: expected name patterns as keys, got [3]"),
-        ({"init": {"4": "ones"}}, ValueError, "init: pattern '4' is the first to match none"),
-        ({"init": {"*": "normal", "0": "ones"}}, ValueError, "init: pattern '0' is the first to match none"),
+        ({"init": {"4": "ones"}}, ValueError, "init: pattern '4' decides nothing"),
+        ({"init": {"*": "normal", "0": "ones"}}, ValueError, "init: pattern '0' decides nothing"),
         ({"init": 3}, TypeError, "init: expected one of"),
         ({"init": lambda name: torch.ones(2)}, TypeError, "init: expected one of"),
         ({"init": lambda name, shape, generator: 1.0}, TypeError, "init: expected a function that returns a tensor"),
@@ -171,12 +171,15 @@ def test_a_function_gets_name_shape_and_generator(dtype: torch.dtype) -> None:
             "init: expected a tensor [4, 80] for 0.weight_r",
         ),
         ({"init": lambda name, shape, generator: torch.ones(shape) / 0}, ValueError, "init: expected finite numbers"),
+        ({"init": lambda name, shape, generator: torch.full(shape, 2j)}, TypeError, "init: expected real numbers for"),
+        ({"init": nn.Linear(1, 1)}, TypeError, "init: expected a function, got Linear"),
+        ({"init": "ones", "layers": [], "stacked": "0.*"}, ValueError, "init: no weight gets r and s, got 'ones'"),
         ({"flip": 1.5}, ValueError, "flip: expected a probability, from 0 to 1, got 1.5"),
-        ({"flip": -0.1}, ValueError, "flip: expected a finite number >= 0, got -0.1"),
-        ({"flip": True}, TypeError, "flip: expected a finite number >= 0, got True"),
+        ({"flip": -0.1}, ValueError, "flip: expected a probability, from 0 to 1, got -0.1"),
+        ({"flip": True}, TypeError, "flip: expected a probability, from 0 to 1, got True"),
         ({"flip": {"*_r": 2}}, ValueError, "flip['*_r']: expected a probability"),
-        ({"flip": {"9*": 0.1}}, ValueError, "flip: pattern '9*' is the first to match none"),
-        ({"init": {"0": "ones"}, "flip": {"0": 0.1}}, ValueError, "flip: pattern '0' is the first to match none"),
+        ({"flip": {"9*": 0.1}}, ValueError, "flip: pattern '9*' decides nothing"),
+        ({"init": {"0": "ones"}, "flip": {"0": 0.1}}, ValueError, "flip: pattern '0' decides nothing"),
         ({"r_std": -1}, ValueError, "r_std: expected a finite number >= 0"),
         ({"s_mean": "x"}, TypeError, "s_mean: expected a finite number"),
     ],
@@ -205,6 +208,11 @@ def test_equal_members_are_told(options: Any) -> None:
         warnings.simplefilter("error")
         fe.batchensemble_params(model, 3, use_base_weights=False, stacked="3.*", **options)  # heads of their own
         fe.batchensemble_params(model, 3)
+
+
+def test_on_the_meta_device_nothing_is_compared() -> None:
+    params = fe.batchensemble_params(nn.Linear(3, 2, device="meta"), 2)
+    assert all(tensor.is_meta for part in params for tensor in part.values())
 
 
 def test_one_member_is_told() -> None:

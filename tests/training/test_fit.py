@@ -584,8 +584,8 @@ def test_bad_batches() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"init": "ones"}, "their losses in epoch 1 are equal to 0.002 of their value"),
-        ({"r_std": 1e-3, "s_std": 1e-3}, "their losses in epoch 1 are equal to 0.002 of their value"),
+        ({"init": "ones"}, "their losses in epoch 1 are equal to 0.0002 of their value"),
+        ({"r_std": 1e-5, "s_std": 1e-5}, "their losses in epoch 1 are equal to 0.0002 of their value"),
         ({"r_std": 0.5}, ""),
         ({"flip": 0.05}, ""),
         ({}, ""),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import pytest
@@ -1080,3 +1080,82 @@ def test_a_dict_that_is_an_argument_stays_one() -> None:
     optimizer = torch.optim.SGD(tree_leaves(params))
     step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, optimizer, compile=False)
     assert step(params, {"x": torch.randn(4, 3)}, torch.randint(2, (4,))).shape == (2,)
+
+
+def _dict_model(kind: str) -> nn.Module:
+    class Wants(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.layer(batch["x"])
+
+    class Hands(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Wants()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return self.inner(*args, **kwargs)
+
+    def unpacks(function: Any) -> Any:
+        @wraps(function)
+        def called(self: Any, batch: dict[str, Tensor]) -> Any:
+            return function(self, batch["x"])
+
+        return called
+
+    class Decorated(Wants):
+        @unpacks
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    class Plain(Wants):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return self.layer(x)
+
+    class Masked(Wants):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+            return self.layer(x * mask)
+
+    made = {"wants": Wants, "hands on": Hands, "decorated": Decorated, "plain": Plain, "mask": Masked, "hook": Plain}
+    model: nn.Module = made[kind]()
+    if kind == "hook":
+        model.register_forward_pre_hook(lambda module, args: (args[0]["x"],))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["wants", "hands on", "decorated", "plain", "mask", "hook"])
+def test_a_dict_reaches_the_model_as_it_takes_it(kind: str) -> None:
+    model, x, y = _dict_model(kind), torch.randn(4, 3), torch.randint(2, (4,))
+    params = fe.ensemble_params(model, 2)
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, optimizer, compile=False)
+    kwargs: Any = {"mask": torch.ones(3)} if kind == "mask" else {}
+    names = [name for name in params.stacked if name.endswith("weight")]
+    want = [F.cross_entropy(x @ params.stacked[names[0]][i].T + _bias(params, i), y).item() for i in range(2)]
+    assert step.gradients(params, {"x": x}, y, **kwargs).losses.tolist() == pytest.approx(want, rel=1e-5)
+    if kind == "mask":
+        with pytest.raises(TypeError, match="mask: expected once, got it in the batch and as a keyword"):
+            step(params, {"x": x, "mask": torch.ones(3)}, y, **kwargs)
+
+
+def _bias(params: fe.EnsembleParams, i: int) -> Tensor:
+    (name,) = [name for name in params.stacked if name.endswith("bias")]
+    return params.stacked[name][i].detach()
+
+
+def test_a_model_without_a_signature_is_trained() -> None:
+    model = nn.Linear(3, 2)
+    own = model.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return own(x)
+
+    forward.__signature__ = 5  # type: ignore[attr-defined]
+    model.__dict__["forward"] = forward
+    params = fe.ensemble_params(model, 2)
+    optimizer = torch.optim.SGD(tree_leaves(params))
+    step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, optimizer, compile=False)
+    assert step(params, torch.randn(4, 3), torch.randint(2, (4,))).shape == (2,)
