@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -121,26 +121,25 @@ class Forward:
 
     def _outside(self, model: nn.Module, chunk_size: int | None) -> list[Generator]:
         """The generators that a backward pass sets back, and that are not in attributes; only chunks need them."""
-        anew = {name or self._anatomy.kind for name, value in held(model) if is_iterator(value)} - self._told
-        if anew:
-            self._told |= anew
-            log.warning(
-                "%s: the iterator in %s begins anew in every call and for every member, as all that a model remembers "
-                "does. What goes on from call to call is a generator of random numbers, a buffer or an input",
-                self._anatomy.kind,
-                ", ".join(sorted(anew)),
-            )
+        self._tell_of_iterators(
+            held(model),
+            "begins anew in every call and for every member, as all memory of a model does. What goes on from call "
+            "to call is a generator of random numbers, a buffer or an input",
+        )
         found = [] if chunk_size is None else list(held(model, by_code=True))
-        iterators = {name or self._anatomy.kind for name, value in found if is_iterator(value)} - self._told
-        if iterators:
-            self._told |= iterators
-            log.warning(
-                "%s: the code of %s uses an iterator that is no attribute, and cannot be set back: if the forward "
-                "advances it, the gradients of chunks are wrong. Keep it in an attribute, or leave out chunk_size",
-                self._anatomy.kind,
-                ", ".join(sorted(iterators)),
-            )
+        self._tell_of_iterators(
+            found,
+            "is no attribute, and cannot be set back: if the forward advances it, the gradients of chunks are wrong. "
+            "Keep it in an attribute, or leave out chunk_size",
+        )
         return [each for _, value in found if (each := generator(value))]
+
+    def _tell_of_iterators(self, found: Iterable[tuple[str, Any]], what: str) -> None:
+        """Warn, once, of the iterators among the values `found`."""
+        names = {name or self._anatomy.kind for name, value in found if is_iterator(value)} - self._told
+        if names:
+            self._told |= names
+            log.warning("%s: the iterator in %s %s", self._anatomy.kind, ", ".join(sorted(names)), what)
 
     def keywords(self) -> Keywords:
         """Which keyword arguments the model takes."""

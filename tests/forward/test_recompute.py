@@ -461,7 +461,19 @@ def test_an_iterator_that_cannot_be_set_back_is_told(caplog: pytest.LogCaptureFi
     assert not caplog.messages
     fe.make_forward(model, chunk_size=1)
     (message,) = caplog.messages
-    assert "the code of 1.draw uses an iterator that is no attribute" in message
+    assert "the iterator in 1.draw is no attribute, and cannot be set back" in message
+
+
+def test_an_iterator_in_an_attribute_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    draw = random.Random(0)
+    model: Any = nn.Sequential(_Masked(itertools.count(1.0).__next__))
+    model.noise = iter(draw.random, None)
+    forward, params = fe.make_forward(model), fe.ensemble_params(model, 2)
+    for i in range(2):
+        model.setting = i  # the forward is made anew
+        forward(params, torch.randn(4, 3))
+    (message,) = [each for each in caplog.messages if "iterator" in each]
+    assert "Sequential: the iterator in 0.draw, noise begins anew in every call" in message
 
 
 def test_an_iterator_that_cannot_be_copied_is_an_error_that_names_it() -> None:
