@@ -108,15 +108,18 @@ def train_and_evaluate(name: str, kind: Kind, data: Data, args: argparse.Namespa
                 mine.copy_(new)
         optimizer.state.clear()
         began = time.perf_counter()
-        fitted = fe.fit(
-            step,
-            params,
-            batches,
-            epochs=args.epochs * kind.rows,
-            buffers=buffers,
-            generator=torch.Generator().manual_seed(seed),
-            progress=False,
-        )
+        try:
+            fitted = fe.fit(
+                step,
+                params,
+                batches,
+                epochs=args.epochs * kind.rows,
+                buffers=buffers,
+                generator=torch.Generator().manual_seed(seed),
+                progress=False,
+            )
+        except FloatingPointError as error:
+            raise Unusable(f"{name} diverges, give a smaller --lr than {args.lr:g}: {error}") from error
         seconds.append((time.perf_counter() - began) / args.epochs)
         runs.append(evaluate(forward, fitted, data.test, 8 * args.batch_size))
         bar.update()
@@ -138,10 +141,6 @@ def evaluate(forward: fe.Forward, fitted: fe.Fitted, split: Split, batch: int) -
     )
     seconds = time.perf_counter() - began
     logits, labels = logits.double().cpu(), split.labels.cpu()  # [E, N, C]
-    if not logits.isfinite().all():  # training has diverged
-        scores = ("accuracy", "nll", "nll_at_temperature", "disagreement")
-        nans = [math.nan] * len(logits)
-        return {"member_accuracy": nans, "member_nll": nans, **dict.fromkeys(scores, math.nan), "seconds": seconds}
     return {
         "member_accuracy": [fe.metrics.accuracy(member[None], labels).item() for member in logits],
         "member_nll": [fe.metrics.nll(member[None], labels).item() for member in logits],

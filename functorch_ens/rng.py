@@ -18,7 +18,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from functorch_ens._torch import modes_in_force, outside_transforms, pytree
+from functorch_ens._torch import modes_in_force, outside_transforms, pytree, without_dispatch_modes
 from functorch_ens.draws import Draws, device_of, taking_a_generator
 
 MAX_SEED = 2**63 - 1
@@ -68,8 +68,16 @@ _SEED = 8
 """The state of the CPU's generator begins with the seed that it remembers, of so many bytes."""
 
 
+@contextmanager
+def _on_states() -> Iterator[None]:
+    """Around operations on states: they are no part of what a transform computes, nor of what a mode traces."""
+    with outside_transforms(), without_dispatch_modes():
+        yield
+
+
 def _remembered(state: Tensor) -> bytes:
-    return bytes(state[:_SEED].tolist())
+    with _on_states():
+        return bytes(state[:_SEED].tolist())
 
 
 class _Shared:
@@ -104,12 +112,12 @@ class _Shared:
             state = self.own(state)
             if self._inside:
                 state = self._with((next(self._count) % 2**32).to_bytes(_SEED // 2, sys.byteorder) + self._upper, state)
-            with outside_transforms():  # torch.func.grad would refuse to write to a tensor of its surroundings
+            with _on_states():  # torch.func.grad would refuse to write to a tensor of its surroundings
                 torch.set_rng_state(state)
             return _remembered(state)
 
     def _with(self, seed: bytes, state: Tensor) -> Tensor:
-        with outside_transforms():  # else the new tensor is one of torch.func.grad, and no state
+        with _on_states():  # else the new tensor is one of torch.func.grad, and no state
             return torch.cat([torch.tensor(list(seed), dtype=torch.uint8), state[_SEED:]])
 
     def enter(self, drawing: Drawing) -> Tensor:
@@ -323,7 +331,8 @@ def drawing_apart(tensors: Any) -> Iterator[None]:
 def _is_fresh(state: Tensor) -> bool:
     """Whether nothing has been drawn since the generator in this `state` was seeded."""
     seed = int.from_bytes(_remembered(state), sys.byteorder)
-    return torch.equal(state, torch.Generator().manual_seed(seed).get_state())
+    with _on_states():
+        return torch.equal(state, torch.Generator().manual_seed(seed).get_state())
 
 
 def cpu_generator(generator: torch.Generator | None) -> torch.Generator:
