@@ -51,7 +51,7 @@ RUNS = [(kind, mode) for kind in ("classic", "BatchEnsemble") for mode in ("eval
 # second it does not fit into memory in float64.
 _LARGE, _HUGE = 10_000_000, 300_000_000
 # Deep networks amplify rounding. Where float64 cannot tell that from an error, the plain loop is run again with each
-# input and weight moved at random by up to so many units of rounding: a difference may be larger by what that does.
+# input and weight moved at random by up to so many units of rounding: a difference may be as large as what that does.
 _ROUNDINGS = 10
 _SHAKES = range(4, 12)  # seeds: some of them make a detector choose other boxes, or a sampled point cross an edge
 # Of the largest value.
@@ -281,7 +281,7 @@ def attempt(
 def _compare(trial: Trial, want: Plain, result: dict[str, Any], noise: bool = False) -> str | None:
     """What differs from `want`, the plain loop's, beyond rounding, if anything; how much goes to `result`.
 
-    With `noise`, the tolerance is larger by what roundings do to this model, as far as the plain loop itself tells.
+    With `noise`, the tolerance is no less than what roundings do to this model, as far as the plain loop itself tells.
     """
     tolerance = max(_TOLERANCE[t.dtype] for t in trial.params.stacked.values() if t.dtype in _TOLERANCE)
     if noise:
@@ -292,7 +292,7 @@ def _compare(trial: Trial, want: Plain, result: dict[str, Any], noise: bool = Fa
             moved = max(moved, *found)
             del other
         result["moved by roundings"] = moved
-        tolerance += moved if math.isfinite(moved) else 0.0
+        tolerance = max(tolerance, moved if math.isfinite(moved) else 0.0)
     wrong = []
     strategies = ("auto",) if trial.part else ("auto", "loop")
     for strategy in strategies:
