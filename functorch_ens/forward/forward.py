@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -111,6 +111,11 @@ class Forward:
         norms = anatomy.instances(RUNNING_NORM).items()
         self._norms = [(anatomy.written.index(norm), name, norm) for name, norm in norms]
         templates, settings = Templates(anatomy, rank1_side), Settings(anatomy)
+        self._tell_of_iterators(
+            templates.traced.iterators,
+            "begins anew in every call and for every member, as all memory of a model does. What goes on from call "
+            "to call is a generator of random numbers, a buffer or an input",
+        )
         outside = self._outside(model, chunk_size)
         self._known = Known(anatomy, templates, settings, set(), takes_any_size(anatomy), set(), outside)
         self._may_be_wrong = may_be_wrong(anatomy.modules.values())
@@ -121,22 +126,17 @@ class Forward:
 
     def _outside(self, model: nn.Module, chunk_size: int | None) -> list[Generator]:
         """The generators that a backward pass sets back, and that are not in attributes; only chunks need them."""
-        self._tell_of_iterators(
-            held(model),
-            "begins anew in every call and for every member, as all memory of a model does. What goes on from call "
-            "to call is a generator of random numbers, a buffer or an input",
-        )
         found = [] if chunk_size is None else list(held(model, by_code=True))
         self._tell_of_iterators(
-            found,
+            {name for name, value in found if is_iterator(value)},
             "is no attribute, and cannot be set back: if the forward advances it, the gradients of chunks are wrong. "
             "Keep it in an attribute, or leave out chunk_size",
         )
         return [each for _, value in found if (each := generator(value))]
 
-    def _tell_of_iterators(self, found: Iterable[tuple[str, Any]], what: str) -> None:
-        """Warn, once, of the iterators among the values `found`."""
-        names = {name or self._anatomy.kind for name, value in found if is_iterator(value)} - self._told
+    def _tell_of_iterators(self, found: set[str], what: str) -> None:
+        """Warn, once, of the iterators in the attributes `found`."""
+        names = {name or self._anatomy.kind for name in found} - self._told
         if names:
             self._told |= names
             log.warning("%s: the iterator in %s %s", self._anatomy.kind, ", ".join(sorted(names)), what)

@@ -19,7 +19,7 @@ from functorch_ens.checks import first_line
 from functorch_ens.copies import check_replaceable, copy_structure
 from functorch_ens.forward.settings import Settings
 from functorch_ens.forward.snapshot import Snapshot
-from functorch_ens.holds import generator, held, same_state
+from functorch_ens.holds import Replayed, generator, held, same_state
 from functorch_ens.layers.registry import specialise
 from functorch_ens.layers.weight import member_weight
 
@@ -52,7 +52,10 @@ class Template:
         self._hooks = {name: hooks for name, tensor in anatomy.parameters.items() if (hooks := _torch.hooks_of(tensor))}
         self._pristine = Snapshot(self._module, {id(value) for value in memo.values()})
         self._blank = blank
-        self._generators = [found for _, value in held(self._module) if (found := generator(value))]
+        holds = list(held(self._module))
+        self._generators = [found for _, value in holds if (found := generator(value))]
+        self.iterators = {name for name, value in holds if isinstance(value, Replayed)}
+        """The attributes in which the model has iterators, which begin anew in every call."""
 
     def __call__(
         self,
