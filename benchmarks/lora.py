@@ -19,15 +19,25 @@ are those of the cross-entropy of all members in what each contender trains; not
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import Call, Spread, interleaved, machine, megabytes, parsed, peak_memory, positive, ratio, write_json
+from measure import (
+    Call,
+    Spread,
+    interleaved,
+    machine,
+    megabytes,
+    parsed,
+    peak_memory,
+    positive,
+    quiet,
+    ratio,
+    write_json,
+)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -189,8 +199,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    warnings.filterwarnings("ignore", message="There is a performance drop")  # attention under vmap
-    logging.getLogger("functorch_ens").setLevel(logging.ERROR)
+    quiet()
     device = torch.device(args.device)
     options = {name: value for name, value in vars(args).items() if name != "json"}
     where = f"{machine(device)}, E = {args.members}, B = {args.batch_size}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median, quantiles
@@ -93,6 +95,12 @@ def peak_memory(call: Call, device: torch.device) -> int:
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = list(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     return max(held, default=0)
+
+
+def quiet() -> None:
+    """Leave out what would be printed between the rows of a table: of attention under vmap, and of strategies."""
+    warnings.filterwarnings("ignore", message="There is a performance drop")
+    logging.getLogger("functorch_ens").setLevel(logging.ERROR)
 
 
 def machine(device: torch.device) -> str:

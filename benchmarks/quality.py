@@ -86,9 +86,7 @@ def variants() -> list[Variant]:
     def batch(*stacked: str, **options: Any) -> Params:
         def make(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
             owned = {name for part in stacked for name in parts(model)[part]}
-            given: dict[str, Any] = {"init": "random_sign", "flip": 0.5, **options}
-            if given["init"] != "random_sign":
-                del given["flip"]
+            given: dict[str, Any] = options if "init" in options else {"flip": 0.5, **options}
             if owned:
                 given["stacked"] = lambda name, parameter: name in owned
             return fe.batchensemble_params(model, E, use_base_weights=False, generator=source, **given)

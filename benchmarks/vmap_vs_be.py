@@ -13,12 +13,10 @@ the whole ensemble computes: the cost of a BatchEnsemble if r and s were free.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -42,6 +40,7 @@ from measure import (
     parsed,
     peak_memory,
     positive,
+    quiet,
     ratio,
     seconds_of,
     write_json,
@@ -511,8 +510,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    warnings.filterwarnings("ignore", message="There is a performance drop")  # attention under vmap
-    logging.getLogger("functorch_ens").setLevel(logging.ERROR)
+    quiet()
     device = torch.device(args.device)
     compile = {"mode": "reduce-overhead"} if args.device == "cuda" else {}
     if args.device == "cuda":  # allow TF32 in matrix products, as torch does by default in convolutions

@@ -60,12 +60,11 @@ def kinds(new_model: Callable[[], nn.Module], args: argparse.Namespace) -> dict[
     }
 
 
-def train_and_evaluate(name: str, kind: Kind, data: Data, args: argparse.Namespace, bar: Any) -> dict[str, Any]:
+def train_and_evaluate(
+    name: str, kind: Kind, new_model: Callable[[], nn.Module], data: Data, args: argparse.Namespace, bar: Any
+) -> dict[str, Any]:
     """Train `kind` from every seed, each member on batches of its own; return the scores of each run and the costs."""
-    shape, classes, train = tuple(data.train.images.shape[1:]), len(data.classes), data.train
-
-    def new_model() -> nn.Module:
-        return make_model(args.model, shape, classes).to(args.device)
+    train = data.train
 
     def start(seed: int) -> tuple[nn.Module, fe.EnsembleParams]:
         torch.manual_seed(seed)
@@ -96,7 +95,7 @@ def train_and_evaluate(name: str, kind: Kind, data: Data, args: argparse.Namespa
         step.gradients(params, batches(torch.Generator())[0], buffers=buffers)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise Unusable(
-            f"{args.model} cannot be trained on images of {list(shape)}; try --image-size. {error}"
+            f"{args.model} cannot be trained on images of {list(train.images.shape[1:])}; try --image-size. {error}"
         ) from error
     compile_seconds = time.perf_counter() - began if args.compile else 0.0
 
@@ -172,7 +171,7 @@ def compare(data: Data, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     compared = kinds(new_model, args)
     with tqdm(total=len(compared) * args.seeds, unit="run", disable=None) as bar:
-        return {name: train_and_evaluate(name, kind, data, args, bar) for name, kind in compared.items()}
+        return {name: train_and_evaluate(name, kind, new_model, data, args, bar) for name, kind in compared.items()}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1067,15 +1067,7 @@ def test_a_dict_becomes_keywords(kind: int, compile: bool) -> None:
 
 
 def test_a_dict_that_is_an_argument_stays_one() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3, 2)
-
-        def forward(self, batch: dict[str, Tensor]) -> Tensor:
-            return self.layer(batch["x"])
-
-    model = Net()
+    model = _dict_model("wants")
     params = fe.ensemble_params(model, 2)
     optimizer = torch.optim.SGD(tree_leaves(params))
     step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, optimizer, compile=False)
