@@ -208,7 +208,8 @@ class Run:
             self._told = True
             log.warning(
                 "the %d members are hardly an ensemble: %s. Unless the data are so easy, let them start further apart "
-                '(a larger flip), or see rows of their own: index_batches(..., sees="own")',
+                "(a larger flip; a BatchNorm after a layer cancels the size of r, but not its sign), or see rows of "
+                'their own: index_batches(..., sees="own")',
                 len(trained),
                 found,
             )

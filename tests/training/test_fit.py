@@ -603,6 +603,24 @@ def test_members_that_stay_equal_are_told_once(options: Any, told: str, caplog: 
     assert len(messages) == bool(told) and all(told in message for message in messages)
 
 
+@pytest.mark.parametrize(("init", "told"), [("normal", True), ("random_sign", False)])
+def test_members_whose_r_a_norm_cancels_are_told(init: str, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(32, eps=1e-12)
+    model, x = nn.Sequential(nn.Linear(8, 32), norm, nn.ReLU(), nn.Linear(32, 3)).double(), torch.randn(64, 8).double()
+    y = x[:, :3].argmax(-1)
+    spread = 0.2 if told else None
+    params = fe.batchensemble_params(model, 3, layers="0", init={"*_r": init, "*_s": "ones"}, r_std=spread)
+    distance = fe.describe(model, params).distance
+    assert distance is not None and distance > 0.1  # so it does not show before training
+    optimizer = torch.optim.Adam(fe.param_groups(params, lr=1e-2))
+    step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, optimizer, compile=False)
+    batches = list(zip(x.split(16), y.split(16), strict=True))
+    fe.fit(step, params, batches, epochs=2, buffers=fe.ensemble_buffers(model, 3))
+    messages = [record.getMessage() for record in caplog.records if "hardly an ensemble" in record.getMessage()]
+    assert len(messages) == told and all("a BatchNorm after a layer cancels the size of r" in m for m in messages)
+
+
 @pytest.mark.parametrize("value", [torch.tensor(0.004), torch.full((64,), 0.004), 0.2])
 def test_members_that_agree_on_everything_are_told_once(value: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, x = nn.Linear(3, 2), torch.randn(64, 3)
