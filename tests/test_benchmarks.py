@@ -65,6 +65,7 @@ _REFUSED = {
     "model_coverage.py": (["--only", "nothing*"], ["--members", "0"], ["--factory", "nowhere:build"], ["--resume"]),
     "operator_sweep.py": (["--members", "0"], ["--json", "nowhere/at/all.json"]),
     "endurance.py": (["--only", "nothing"], ["--scale", "0"]),
+    "own_loop.py": (["--case", "nothing"], ["--threads", "0"], ["--json", "nowhere/at/all.json"]),
     **dict.fromkeys(_TIMED, (["--members", "0"], ["--batch-size", "many"], ["--json", "nowhere/at/all.json"])),
 }
 
@@ -82,6 +83,7 @@ def answers() -> list[Answer]:
         ("model_coverage.py", "--family"),
         ("operator_sweep.py", "--samples"),
         ("endurance.py", "--scale"),
+        ("own_loop.py", "--threads"),
         *((script, "--members") for script in _TIMED),
     ],
 )
@@ -106,6 +108,15 @@ def test_the_table_and_the_json(tmp_path: Path) -> None:
     totals = answer.stdout.splitlines()[-1].split()
     assert totals[:7] == ["written", "2", "8", "4", "4", "0", "0"]
     assert "second (Linear) has backward hooks" in answer.stdout
+
+
+def test_a_loop_of_the_users_own(tmp_path: Path) -> None:
+    out = tmp_path / "own_loop.json"
+    answer = _run("--case", "small-mlp", "--rounds", "1", "--json", str(out), script="own_loop.py")
+    assert answer.returncode == 0, answer.stderr
+    names = ["one network, E x B rows", "notebook's module", "torch.compile", "fe.compile", "make_train_step"]
+    assert all(name in answer.stdout for name in names)
+    assert all(len(times) == 1 for times in json.loads(out.read_text())["seconds"]["small-mlp"].values())
 
 
 def test_lora_against_merged_copies_and_one_network(tmp_path: Path) -> None:
