@@ -2,6 +2,7 @@
 
 from functorch_ens import metrics, plots
 from functorch_ens.anatomy import Layout, rank1_layout
+from functorch_ens.compiling import compile
 from functorch_ens.forward.forward import Forward, make_forward
 from functorch_ens.forward.predict import predict
 from functorch_ens.layers.registry import rank1_rule
@@ -43,6 +44,7 @@ __all__ = [
     "batchensemble_params",
     "bootstrap",
     "classification_uncertainty",
+    "compile",
     "cross_entropy",
     "describe",
     "disagreement",

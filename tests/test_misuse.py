@@ -526,6 +526,7 @@ _row(fe.load_checkpoint, _saved, device=("None", "device"), path=("~text",))
 WITHOUT_ROWS = {
     *("Description", "EnsembleParams", "Fitted", "Gradients", "Layout", "Rank1", "Uncertainty"),
     *("Forward", "TrainStep", "metrics", "plots", "metrics.SelectiveAccuracy", "metrics.Bins"),
+    "compile",  # its options are those of torch.compile; tests/_compile/test_compiling.py
 }
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_imports_point_up_the_map(file: Path) -> None:
         mine, theirs = rooms[_room(file)], rooms[_room(other)]
         assert theirs < mine or _room(other) == _room(file), f"{file.name} imports {other.name}"
         if _room(other) == "_compile" != _room(file):
-            assert inside and file.relative_to(PACKAGE).as_posix() == "training/step.py"
+            assert inside and file.relative_to(PACKAGE).as_posix() in ("compiling.py", "training/step.py")
 
 
 def test_no_file_imports_itself_at_any_remove() -> None:

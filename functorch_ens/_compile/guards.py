@@ -1,25 +1,29 @@
-"""Which guards of Dynamo a compiled method can do without.
+"""Which guards of Dynamo a compiled function can do without.
 
-Before every call Dynamo looks at everything that it read while it traced the method. For a forward these are thousands
-of guards, which take longer than a small step. Most are on objects that never change: those that a forward has made for
-itself, and the code of torch and of this package. Their guards are dropped. The guards on the user's model, its classes
-and functions, the loss and the arguments are kept.
+Before every call Dynamo looks at everything that it read while it traced the function. For a forward these are
+thousands of guards, which take longer than a small step. Most are on objects that never change: those that a forward
+has made for itself, and the code of torch and of this package. Their guards are dropped. The guards on the user's
+model, its classes and functions, the loss and the arguments are kept, and so is the one on `Forward.identity`, by which
+two forwards are told apart.
 """
 
 from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from functorch_ens._compile.optional import optional
+from functorch_ens.forward.forward import Forward
 
 PACKAGES = frozenset(("builtins", "collections", "contextlib", "einops", "functorch_ens", "torch"))
 """Packages whose modules, classes and functions do not change while a program runs."""
+
+OURS = __name__.partition(".")[0]
 
 Filter = Callable[[Sequence[Any]], Sequence[bool]]
 
@@ -42,28 +46,32 @@ def with_own_code(method: Callable[..., Any]) -> MethodType:
     return MethodType(own, bound.__self__)
 
 
-def filter_for(method: Callable[..., Any], made: Collection[object], theirs: Filter | None = None) -> Filter:
-    """The guard filter, for torch.compile, of a bound `method`.
+def filter_for(function: Callable[..., Any], made: Collection[object] = (), theirs: Filter | None = None) -> Filter:
+    """The guard filter, for torch.compile, of a function of the user's, or of a bound method of this package.
 
     Args:
-        method: the method to be compiled.
-        made: objects that its object holds and never changes.
+        function: what is to be compiled.
+        made: objects that the object of a bound method holds and never changes.
         theirs: the user's own filter, which drops guards too.
     """
-    bound: Any = method
-    function: FunctionType = bound.__func__
-    paths = _Paths(function.__code__.co_varnames[0], bound.__self__, made)
-    globals_ = function.__globals__
-    own = frozenset(name for name in globals_ if not name.startswith("__"))  # Dynamo's additions begin with __
+    given: Any = function
+    plain: Any = getattr(given, "__func__", given)
+    globals_ = getattr(plain, "__globals__", {})
+    own = frozenset(name for name in globals_ if not _is_of_dynamo(name)) if _package(plain) == OURS else frozenset()
+    bound = {plain.__code__.co_varnames[0]: given.__self__} if made else {}
 
     def keep(guards: Sequence[Any]) -> Sequence[bool]:
         kept = [True] * len(guards) if theirs is None else list(theirs(guards))
         with optional("fewer guards"):
-            ours = _of_our_classes(guards)
+            values = {guard.name: getattr(guard, "value", None) for guard in guards}
+            forwards = {name: value for name, value in values.items() if isinstance(value, Forward)}
+            never_changed = [*made, *(each for forward in forwards.values() for each in forward.made)]
+            paths = _Paths({**bound, **forwards}, never_changed)
+            ours, known = _of_our_classes(values), {**globals_, **_globals_in(values)}
             kept = [
                 keep
                 and guard.name not in paths
-                and not _is_of_packages(guard.name, globals_, own)
+                and not _is_of_packages(guard.name, known, own)
                 and not _is_in_class(guard.name, ours)
                 for keep, guard in zip(kept, guards, strict=True)
             ]
@@ -73,19 +81,20 @@ def filter_for(method: Callable[..., Any], made: Collection[object], theirs: Fil
 
 
 class _Paths:
-    """The names by which Dynamo reaches given objects from a variable: `name in paths` for them and what they hold.
+    """The names by which Dynamo reaches given objects from some roots: `name in paths` for them and what they hold.
 
     The names are found by walking through the attributes and containers of the objects of this package.
     """
 
-    def __init__(self, variable: str, value: object, made: Collection[object]) -> None:
+    def __init__(self, roots: Mapping[str, object], made: Collection[object]) -> None:
         self._made = {id(each) for each in made}
         self._within: set[str] = set()
         """The names of the objects themselves; all that they hold never changes either."""
         self._ahead: set[str] = set()
         """The names of what holds them; other things that these hold may change."""
-        self._seen: set[int] = set()
-        self._walk(variable, value)
+        for name, root in roots.items():
+            self._seen: set[int] = set()
+            self._walk(name, root)
 
     def _walk(self, name: str, value: object) -> bool:
         """Whether `value` is, or holds, one of the objects."""
@@ -123,7 +132,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{index}]", child) for index, child in enumerate(value))
     elif isinstance(value, dict):
         yield from ((f"[{key!r}]", child) for key, child in value.items())
-    elif _package(type(value)) == "functorch_ens" and not isinstance(value, nn.Module):
+    elif _package(type(value)) == OURS and not isinstance(value, nn.Module):
         yield from ((f".{attribute}", child) for attribute, child in getattr(value, "__dict__", {}).items())
 
 
@@ -139,7 +148,7 @@ def _is_of_packages(name: str, globals_: dict[str, Any], own: Collection[str]) -
     Args:
         name: Dynamo's name of the guarded object.
         globals_: `G` in these names: the globals of the compiled function, to which Dynamo adds modules and scopes.
-        own: the globals that the function's module, a module of this package, has defined itself.
+        own: the globals of the compiled function's module, where that is one of this package.
     """
     match = _GLOBAL.match(name)
     if match is None:
@@ -149,6 +158,8 @@ def _is_of_packages(name: str, globals_: dict[str, Any], own: Collection[str]) -
         return module.partition(".")[0] in PACKAGES
     if variable in own:
         return True
+    if not _is_of_dynamo(variable):  # a name of the user's, who may give it to something else
+        return False
     value = globals_.get(variable)
     if isinstance(value, ModuleType):
         return _package(value) in PACKAGES
@@ -156,17 +167,25 @@ def _is_of_packages(name: str, globals_: dict[str, Any], own: Collection[str]) -
     return isinstance(value, dict) and key in value and _package(value[key]) == builtins.__name__
 
 
-def _of_our_classes(guards: Sequence[Any]) -> frozenset[str]:
+def _is_of_dynamo(variable: str) -> bool:
+    """Whether Dynamo has added this global: an import of a function that it inlines, the builtins, a scope."""
+    return variable.startswith("__")
+
+
+def _globals_in(values: Mapping[str, object]) -> dict[str, object]:
+    """The globals that have guards themselves; a frame of another function has others than the compiled one."""
+    found = {match[1]: value for name, value in values.items() if (match := re.fullmatch(r"G\['([^']+)'\]", name))}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _of_our_classes(values: Mapping[str, object]) -> frozenset[str]:
     """Dynamo's names of the objects, of those that have guards, whose class is one of this package.
 
     The class of an object has a guard of its own, which is kept. Modules are left out: a template's classes are made
     from the user's.
     """
-    values = {guard.name: getattr(guard, "value", None) for guard in guards}
     return frozenset(
-        name
-        for name, value in values.items()
-        if _package(type(value)) == "functorch_ens" and not isinstance(value, nn.Module)
+        name for name, value in values.items() if _package(type(value)) == OURS and not isinstance(value, nn.Module)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from functorch_ens.params.pytree import EnsembleParams, check_buffers, check_kin
 from functorch_ens.rng import RandomState, drawing_apart
 
 log = logging.getLogger(__name__)
+
+_IDENTITIES = itertools.count()
 
 
 def make_forward(
@@ -85,6 +88,8 @@ class Forward:
     """Whether every tensor input has a leading member axis."""
     revision: int
     """How many times the user has changed the model (a constant, a hook, a submodule), and a call has noticed."""
+    identity: str
+    """Another one for each forward and revision: compiled code is told by its guard which forward it was made of."""
 
     def __init__(
         self,
@@ -105,6 +110,7 @@ class Forward:
 
     def _build(self) -> None:
         """Look at the model as it is now."""
+        self.identity = f"{next(_IDENTITIES)}"
         model, strategy, chunk_size, randomness, _, rank1_side = self._options
         self._anatomy = anatomy = Anatomy(model)
         self._convolutions = {f"{name}.weight" if name else "weight" for name in anatomy.instances(CONVOLUTION)}
@@ -191,14 +197,20 @@ class Forward:
 
     @property
     def made(self) -> list[object]:
-        """The objects that this forward has made and never changes, so that Dynamo need not guard them."""
-        return [self._known, *self._anatomy.facts, self._convolutions, *self._known.templates.traced.made]
+        """The objects that this forward has made and never changes, so that Dynamo need guard `identity` alone."""
+        return [*self._anatomy.facts, self._convolutions, *self._known.templates.traced.made]
+
+    @property
+    def known(self) -> object:
+        """What this forward knows of its model. Where `refresh` is called before each call, it needs no guards."""
+        return self._known
 
     def __call__(
         self, params: EnsembleParams, /, *args: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
         """Every member's output for the inputs `args` and `kwargs`, as `make_forward` describes."""
         if _torch.is_compiling():
+            assert self.identity  # read, so that Dynamo guards it
             self._check_constants()
         else:
             self.refresh()

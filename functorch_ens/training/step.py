@@ -269,7 +269,7 @@ class TrainStep:
             self._compiled = Compiled(
                 self._objective,
                 self._options,
-                made=[*self.forward.made, self._objective.losses],
+                made=[*self.forward.made, self.forward.known, self._objective.losses],
                 one_by_one=lambda E, work, prepared: _plan(self, work.trained).one_by_one,
                 situation=lambda E, work, _: (self.forward.strategy, self._objective.losses.strategy, *work.modes),
             )
