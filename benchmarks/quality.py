@@ -117,7 +117,7 @@ class Trial:
             variant.loss(),
             self.optimizer,
             prepare=lambda i: (normalise(train.images[i]), train.labels[i]),
-            compile=options.compile,
+            compile=options.compile and not variant.joint,  # compiled code may loop over the members in the loss
         )
         self._index = self.batches(torch.Generator().manual_seed(0))[0]
 
