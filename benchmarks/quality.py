@@ -16,16 +16,17 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from measure import Spread, interleaved, machine, megabytes, parsed, peak_memory, positive, ratio, write_json
+from quality_variants import SAME_ROWS, Variant, parts, share_statistics, variants
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -39,130 +40,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from data import DataUnavailable, Split, load, normalise
 from models import UnknownModel, make_model
 
-Params = Callable[[nn.Module, int, torch.Generator], fe.EnsembleParams]
-
 
 class Unusable(Exception):
     """The options do not fit the data; the message says why."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A kind of ensemble, and changes to the training recipe."""
-
-    name: str
-    about: str
-    params: Params
-    groups: Mapping[str, Any] = field(default_factory=dict)
-    sees: str = "same"
-    smoothing: float = 0.0
-    """Of the labels."""
-    epochs: int = 1
-    """The epochs, as a multiple of --epochs; 0 is E times."""
-    fixed: bool = False
-    """Do not train r and s; their gradients are then not computed."""
-    same_rows: bool = False
-    """Give each batch E times as many rows."""
-    members: int | None = None
-    """The number of members; None is --members."""
-    needs_norms: bool = False
-    """Skip this variant for a model without norm layers."""
-
-
-def classic(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
-    """E independent networks."""
-    return fe.ensemble_params(model, E, generator=source)
-
-
-# One network with as many rows per step as E members, and as many steps: the lower bound of a BatchEnsemble's cost.
-SAME_ROWS = Variant(
-    "single, E x rows", "one network on E x B rows, E times the epochs", classic, members=1, epochs=0, same_rows=True
-)
-
-
-def variants() -> list[Variant]:
-    """All variants, from one network to E networks."""
-
-    def batch(*stacked: str, **options: Any) -> Params:
-        def make(model: nn.Module, E: int, source: torch.Generator) -> fe.EnsembleParams:
-            owned = {name for part in stacked for name in parts(model)[part]}
-            given: dict[str, Any] = options if "init" in options else {"flip": 0.5, **options}
-            if owned:
-                given["stacked"] = lambda name, parameter: name in owned
-            return fe.batchensemble_params(model, E, use_base_weights=False, generator=source, **given)
-
-        return make
-
-    signs, recipe = "r, s are random signs", batch(flip=None)
-    return [
-        Variant("single", "one network", classic, members=1),
-        Variant("classic", "E networks: everything is stacked", classic),
-        Variant("r, s", signs, batch()),
-        Variant("+ biases", f"{signs}; own biases", batch("biases")),
-        Variant("+ norms", f"{signs}; own norm affines", batch("norms"), needs_norms=True),
-        Variant("+ first", f"{signs}; own first layer", batch("first")),
-        Variant("+ last", f"{signs}; own last layer", batch("last")),
-        Variant("+ first, last", f"{signs}; own first and last layer", batch("first", "last")),
-        Variant("normal .5", "r, s ~ N(1, .5)", batch(init="normal")),
-        Variant("normal .1", "r, s ~ N(1, .1)", batch(init="normal", r_std=0.1, s_std=0.1)),
-        Variant("lr x .1", f"{signs}; r, s learn at a tenth of the rate", batch(), {"rank1_lr_factor": 0.1}),
-        Variant("lr x 10", f"{signs}; r, s learn at ten times the rate", batch(), {"rank1_lr_factor": 10.0}),
-        Variant("fixed", f"{signs}, not trained", batch(), fixed=True),
-        Variant("decay", f"{signs}; weight decay 1e-3, none of r, s", batch(), {"weight_decay": 1e-3}),
-        Variant(
-            "decay of r, s",
-            f"{signs}; weight decay 1e-3, of r, s too",
-            batch(),
-            {"weight_decay": 1e-3, "rank1_weight_decay": 1e-3},
-        ),
-        Variant("single, decay", "one network, weight decay 1e-3", classic, {"weight_decay": 1e-3}, members=1),
-        Variant("own order", f"{signs}; each member sees the data in an order of its own", batch(), sees="own"),
-        Variant("own order, lr x .1", "both", batch(), {"rank1_lr_factor": 0.1}, sees="own"),
-        Variant("own order, fixed", "both", batch(), fixed=True, sees="own"),
-        *(
-            Variant(f"flip {share:g}", f"own order; {share:.0%} of the signs are -1", batch(flip=share), sees="own")
-            for share in (0.25, 0.1, 0.05, 0.02, 0)
-        ),
-        Variant(
-            "r alone", "own order; half of the signs of r are -1, s is 1", batch(flip={"*_s": 0, "*": 0.5}), sees="own"
-        ),
-        Variant(
-            "s alone", "own order; half of the signs of s are -1, r is 1", batch(flip={"*_r": 0, "*": 0.5}), sees="own"
-        ),
-        Variant("recipe", "own order; the default share of signs", recipe, sees="own"),
-        Variant("recipe, fixed", "the same, not trained", recipe, fixed=True, sees="own"),
-        Variant("recipe, lr x .1", "r, s at a tenth of the rate", recipe, {"rank1_lr_factor": 0.1}, sees="own"),
-        Variant("recipe, decay", "weight decay 1e-3", recipe, {"weight_decay": 1e-3}, sees="own"),
-        Variant("recipe, smoothing", "label smoothing .1", recipe, sees="own", smoothing=0.1),
-        Variant("recipe, + norms", "own norm affines", batch("norms", flip=None), sees="own", needs_norms=True),
-        Variant("recipe, + last", "own last layer", batch("last", flip=None), sees="own"),
-        Variant("recipe, + norms, last", "both", batch("norms", "last", flip=None), sees="own", needs_norms=True),
-        Variant("recipe, normal .5", "r, s ~ N(1, .5)", batch(init="normal"), sees="own"),
-        Variant("recipe, long", "four times the epochs", recipe, sees="own", epochs=4),
-        Variant("half, long", "half of the signs, four times the epochs", batch(), sees="own", epochs=4),
-        Variant("classic, long", "E networks, four times the epochs", classic, sees="own", epochs=4),
-        Variant("single, smoothing", "one network, label smoothing .1", classic, members=1, smoothing=0.1),
-        Variant("classic, smoothing", "E networks, label smoothing .1", classic, sees="own", smoothing=0.1),
-        Variant("split", f"{signs}; each member gets 1/E of a batch", batch(), sees="split"),
-        Variant("split, long", "the same for E times as many epochs", batch(), sees="split", epochs=0),
-        Variant("long", f"{signs}; twice as many epochs", batch(), epochs=2),
-        Variant("single, long", "one network, four times the epochs", classic, members=1, epochs=4),
-        SAME_ROWS,
-    ]
-
-
-def parts(model: nn.Module) -> dict[str, list[str]]:
-    """The names of the parameters in the first layer, in the last, of all biases, and of all norm affines."""
-    layers: list[list[str]] = []
-    norms: list[list[str]] = []
-    for name, module in model.named_modules():
-        own = [f"{name}.{leaf}" if name else leaf for leaf, _ in module.named_parameters(recurse=False)]
-        weight = getattr(module, "weight", None)
-        if own and weight is not None:
-            (layers if weight.ndim > 1 else norms).append(own)
-    affines = [name for own in norms for name in own]
-    biases = [name for own in layers for name in own if name.endswith("bias")]
-    return {"first": layers[0], "last": layers[-1], "biases": biases, "norms": affines}
 
 
 @dataclass
@@ -234,17 +114,18 @@ class Trial:
         train = task.train
         self.step = fe.make_train_step(
             self.forward,
-            partial(F.cross_entropy, label_smoothing=variant.smoothing),
+            variant.loss(),
             self.optimizer,
             prepare=lambda i: (normalise(train.images[i]), train.labels[i]),
-            compile=options.compile,
+            compile=options.compile and not variant.joint,  # compiled code may loop over the members in the loss
         )
         self._index = self.batches(torch.Generator().manual_seed(0))[0]
 
     def _model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         shape = tuple(self.task.train.images.shape[1:])
-        return make_model(self.options.model, shape, self.task.classes).to(self.options.device).train()
+        model = make_model(self.options.model, shape, self.task.classes).to(self.options.device).train()
+        return share_statistics(model) if self.variant.share_statistics else model
 
     def _initial(self, seed: int) -> fe.EnsembleParams:
         return self.variant.params(self._model(seed), self.E, torch.Generator().manual_seed(seed))
@@ -266,19 +147,34 @@ class Trial:
             for mine, new in zip(tree_leaves(self.params), tree_leaves(self._initial(seed)), strict=True):
                 mine.copy_(new)
         self.optimizer.state.clear()  # no momentum of the previous seed
-        factor = self.variant.epochs or self.options.members
-        source = torch.Generator().manual_seed(seed)
-        fitted = fe.fit(
-            self.step,
-            self.params,
-            self.batches,
-            epochs=self.options.epochs * factor,
-            buffers=self.buffers,
-            generator=source,
-            progress=False,
-        )
+        fitted = self._fitted(seed, self.options.epochs * (self.variant.epochs or self.options.members))
         bar.update()
         return self.answers(fitted)
+
+    def _fitted(self, seed: int, epochs: int) -> fe.Fitted:
+        source = torch.Generator().manual_seed(seed)
+        fit = partial(fe.fit, self.step, self.params, self.batches, generator=source, progress=False)
+        if self.variant.turn is None:
+            return fit(epochs=epochs, buffers=self.buffers)
+        start, end = self.variant.turn
+        shares = [start + (end - start) * min(1.0, 2 * epoch / epochs) for epoch in range(epochs)]
+        fitted = fe.Fitted(self.params, self.buffers, {}, {})
+        for before, share in pairwise([0.0, *shares]):
+            self._turn(seed, before, share)
+            fitted = fit(epochs=1, buffers=fitted.buffers)
+        return fitted
+
+    @torch.no_grad()
+    def _turn(self, seed: int, before: float, share: float) -> None:
+        """Move from one share of reversed signs to another. The optimiser's state stays.
+
+        Each entry of r and s has a random number in [0, 1), the same at every call. Those below the share are reversed.
+        """
+        source = torch.Generator().manual_seed(1000 + seed)  # not the numbers that the weights are drawn from
+        (vectors,) = (group["params"] for group in self.optimizer.param_groups if group["name"] == "rank-1")
+        for vector in vectors:
+            number = torch.rand(vector.shape, generator=source).to(vector.device)
+            vector.mul_(torch.where((number < before) == (number < share), 1.0, -1.0))
 
     def answers(self, fitted: fe.Fitted) -> dict[str, float]:
         """Compute the metrics of the trained ensemble on the test images and on those from outside."""
@@ -478,7 +374,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the images (default: data)")
     add("--hold-out", type=positive, default=2, metavar="N", help="classes held out as outside (default: 2)")
     add("--image-size", type=positive, metavar="N", help="resize every image to N x N (default: keep)")
-    add("--model", default="mlp", help="mlp, cnn (cnn16: narrower), or a torchvision model by name (default: mlp)")
+    add(
+        "--model",
+        default="mlp",
+        help="mlp, cnn (cnn16: 16 channels first), or a torchvision model by name (default: mlp)",
+    )
     add("--only", nargs="+", metavar="PATTERN", default=["*"], help="names or patterns of variants (default: all)")
     add("--members", type=positive, default=5, metavar="E", help="members per ensemble (default: 5)")
     add("--epochs", type=positive, default=10, metavar="N", help="epochs of the single network (default: 10)")

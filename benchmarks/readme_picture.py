@@ -1,5 +1,5 @@
-"""Draw the pictures of README.md from results/*.json: what an ensemble gains for its size, the time of its steps, and
-what the share of flipped signs does.
+"""Draw the pictures of README.md from results/*.json: what an ensemble gains for its size, the time of its steps, what
+the share of flipped signs does, and what each kind gains for the time of its steps.
 
     python benchmarks/readme_picture.py
 
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 RESULTS = Path(__file__).parent / "results"
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the markers differ too.
-GREY, BLUE, ORANGE, GREEN = "#666666", "#0072B2", "#D55E00", "#009E73"
+GREY, BLUE, ORANGE, GREEN, PURPLE = "#666666", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 VARIANTS = {  # name in the results: (label, colour, marker)
     "single": ("one network", GREY, "o"),
@@ -37,6 +37,14 @@ TASKS = {  # results/quality-dial-*-cpu.json: its title
     "cifar-mlp": "CIFAR-10, MLP",
     "cifar-cnn": "CIFAR-10, CNN",
     "cifar-cnn16": "CIFAR-10, narrow CNN",
+}
+PRICED = {  # name in the results: (label, colour, marker, colour of its inside)
+    "single": ("one network", GREY, "o", GREY),
+    "single, E x rows": ("one network, E × rows and epochs", GREEN, "^", GREEN),
+    "classic": ("classic ensemble", BLUE, "s", BLUE),
+    "own order": ("BatchEnsemble, half of the signs −1", ORANGE, "D", ORANGE),
+    "own order, fixed": ("… r and s not trained", ORANGE, "D", "white"),
+    "flip 0.1": ("… a tenth", PURPLE, "v", PURPLE),
 }
 SHARES = {"flip 0": 0, "flip 0.02": 0.02, "flip 0.05": 0.05, "flip 0.1": 0.1, "flip 0.25": 0.25, "own order": 0.5}
 CASES = {
@@ -107,6 +115,59 @@ def _dial(ax: Axes, variants: dict[str, Any], score: str) -> None:
     ax.grid(alpha=0.3)
 
 
+def draw_cost(tasks: dict[str, dict[str, Any]]) -> Figure:
+    """The gain over one network in accuracy and NLL against the time of a step, one column for each task."""
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = plt.figure(figsize=(9.5, 4.6), layout="constrained")
+        axes: Any = figure.subplots(2, len(tasks), sharex=True, squeeze=False)
+        for column, (task, variants) in zip(axes.T, tasks.items(), strict=True):
+            column[0].set_title(TASKS[task], fontsize=10)
+            _cost(column[0], variants, "accuracy", 1)
+            _cost(column[1], variants, "nll", -1)
+        axes[0, 0].set_ylabel("accuracy gained")
+        axes[1, 0].set_ylabel("NLL saved")
+        figure.supxlabel("time of a step / that of one network on as many rows", fontsize=9)
+        handles = {
+            label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _cost(ax: Axes, variants: dict[str, Any], score: str, sign: int) -> None:
+    """The mean gain over one network, with the quartiles of the time. What lies far below is drawn at the edge."""
+
+    def gain_of(name: str) -> float:
+        return sign * (mean(run[score] for run in variants[name]["runs"]) - one)
+
+    one = mean(run[score] for run in variants["single"]["runs"])
+    gains = {name: gain_of(name) for name in PRICED if name in variants}
+    low, high = min(gain for gain in gains.values() if gain > -2 * max(gains.values())), max(gains.values())
+    floor = low - 0.3 * (high - low)
+    for name, gain in gains.items():
+        text, colour, marker, face = PRICED[name]
+        time = variants[name]["time of one network on as many rows"]
+        ax.errorbar(
+            time["median"],
+            max(gain, floor),
+            xerr=[[time["median"] - time["low"]], [time["high"] - time["median"]]],
+            fmt=marker,
+            color=colour,
+            ecolor=(colour, 0.35),
+            markerfacecolor=face,
+            markersize=7,
+            label=text,
+            clip_on=False,
+        )
+        if gain < floor:
+            at = (time["median"], floor)
+            ax.annotate(f"↓{gain:.2f}", at, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+    ax.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
+    ax.set(xlim=(0, 2), ylim=(floor, high + 0.15 * (high - low)), xticks=(0, 0.5, 1, 1.5, 2))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.grid(alpha=0.3)
+
+
 def _gain(ax: Axes, variants: dict[str, Any], score: str, label: str) -> None:
     """The mean `score` over the seeds against the parameters, both of the whole ensemble."""
     one = variants["single"]["parameters"]
@@ -142,15 +203,17 @@ def _times(ax: Axes, cases: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw the pictures; the one of the dial is written beside `--out`."""
+    """Draw the pictures; those of the dial and of the costs are written beside `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "readme.png", metavar="FILE", help="default: %(default)s")
     args = parser.parse_args(argv)
     quality = {task: json.loads((RESULTS / f"quality-dial-{task}-cpu.json").read_text()) for task in TASKS}
+    variants = {task: found["variants"] for task, found in quality.items()}
     speed = json.loads((RESULTS / "vmap_vs_be-cpu.json").read_text())
     for figure, file in (
         (draw(quality["cifar-mlp"], speed), args.out),
-        (draw_dial({task: found["variants"] for task, found in quality.items()}), args.out.with_name("dial.png")),
+        (draw_dial(variants), args.out.with_name("dial.png")),
+        (draw_cost(variants), args.out.with_name("cost_gain.png")),
     ):
         figure.savefig(file, dpi=160)
         plt.close(figure)

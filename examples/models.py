@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import prod
 
 from torch import nn
@@ -12,15 +13,16 @@ class UnknownModel(Exception):
 
 
 def make_model(name: str, image_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Build `"mlp"`, `"cnn"` (`"cnn16"`: 16 channels first), or a torchvision model, for images `[C, H, W]`.
+    """Build `"mlp"`, `"cnn"`, or a torchvision model, for images `[C, H, W]`.
+
+    A number after `"mlp"` or `"cnn"` is the width: `"mlp256"` has hidden layers of 256, `"cnn16"` 16 channels first.
 
     Raises:
         UnknownModel: torchvision has no classification model of this name.
     """
-    if name == "mlp":
-        return mlp(prod(image_shape), classes)
-    if name.startswith("cnn") and (name == "cnn" or name[3:].isdigit()):
-        return cnn(image_shape[0], classes, int(name[3:] or 32))
+    if own := re.fullmatch(r"(mlp|cnn)([1-9]\d*)?", name):
+        width = {"width": int(own[2])} if own[2] else {}
+        return mlp(prod(image_shape), classes, **width) if own[1] == "mlp" else cnn(image_shape[0], classes, **width)
     from torchvision import models
 
     if name not in models.list_models(module=models):
@@ -33,15 +35,15 @@ def make_model(name: str, image_shape: tuple[int, ...], classes: int) -> nn.Modu
     return model
 
 
-def mlp(inputs: int, classes: int, hidden: int = 128) -> nn.Module:
+def mlp(inputs: int, classes: int, width: int = 128) -> nn.Module:
     """An MLP with two hidden layers. With 3072 inputs and 10 classes it is the MLP of the BatchEnsemble notebook."""
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(inputs, hidden),
+        nn.Linear(inputs, width),
         nn.ReLU(),
-        nn.Linear(hidden, hidden),
+        nn.Linear(width, width),
         nn.ReLU(),
-        nn.Linear(hidden, classes),
+        nn.Linear(width, classes),
     )
 
 

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -14,12 +16,17 @@ from typing import Any
 import operator_sweep
 import pytest
 import quality
+import quality_variants
 import torch
+import torch.nn.functional as F
 from measure import Spread, interleaved, peak_memory, ratio
 from models import make_model
 from oracle import compiler
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
+
+import functorch_ens as fe
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -276,10 +283,55 @@ def test_the_same_seed_gives_the_same_quality(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     options = quality.parse(["--epochs", "1", "--no-compile"])
     task = quality.make_task(options)
-    variant = next(variant for variant in quality.variants() if variant.name == "r, s")
+    variant = next(variant for variant in quality_variants.variants() if variant.name == "r, s")
     trial = quality.Trial(variant, task, options)
     first, _, again = (trial.run(seed, tqdm(disable=True)) for seed in (3, 4, 3))
     assert first == again
+
+
+def test_what_members_compute_together() -> None:
+    """The gradients of shared norms and of the joint loss, compiled or not, against one pass over all rows."""
+    E, x, y = 3, torch.randn(8, 2, 5, 5), torch.arange(8) % 4
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4))
+    params = fe.ensemble_params(model, E)
+    pre = [F.conv2d(x, params.stacked["0.weight"][i], params.stacked["0.bias"][i]) for i in range(E)]
+    normed = F.batch_norm(torch.cat(pre), None, None, training=True).relu().flatten(1).unflatten(0, (E, 8))
+    logits = torch.baddbmm(params.stacked["4.bias"][:, None], normed, params.stacked["4.weight"].mT)
+    each = torch.stack([F.cross_entropy(one, y) for one in logits])
+    whole = F.nll_loss(logits.softmax(2).mean(0).log(), y)
+    (want,) = torch.autograd.grad(0.75 * each.sum() + 0.25 * E * whole, params.stacked["0.weight"])
+
+    trained = torch.optim.SGD(fe.param_groups(params, lr=0.1))
+    loss = partial(quality_variants.joint_loss, joint=0.25)
+    step = fe.make_train_step(fe.make_forward(quality_variants.share_statistics(model)), loss, trained, compile=False)
+    found = step.gradients(params, x, y, buffers=fe.ensemble_buffers(model, E))
+    torch.testing.assert_close(found.losses, 0.75 * each.detach() + 0.25 * whole.detach())
+    torch.testing.assert_close(found.gradients["0.weight"], want)
+    for running in (found.buffers["1.running_mean"], found.buffers["1.running_var"]):
+        assert torch.equal(running, running[:1].expand(E, 6))
+    torch.testing.assert_close(found.buffers["1.running_mean"][0], 0.1 * torch.cat(pre).mean((0, 2, 3)).detach())
+
+
+def test_signs_are_turned_while_training(tmp_path: Path) -> None:
+    options = quality.parse(["--no-compile"])
+    (variant,) = (variant for variant in quality_variants.variants() if variant.name == "0.02 to 0.5")
+    trial = quality.Trial(variant, quality.make_task(options), options)
+    vectors = {name: r for name, r in trial.params.stacked.items() if name.endswith(("_r", "_s"))}
+    signs = []
+    for before, share in pairwise([0.0, 0.02, 0.5, 0.02]):
+        trial._turn(0, before, share)
+        signs.append(torch.cat([vector.detach().flatten() for vector in vectors.values()]))
+        assert abs(float((signs[-1] == -1).double().mean()) - share) < 0.03
+    assert torch.equal(signs[0], signs[2]) and bool((signs[1] <= signs[0]).all())
+
+
+def test_norms_may_have_the_signs_of_r() -> None:
+    model = make_model("cnn16", (3, 8, 8), 2)
+    (variant,) = (variant for variant in quality_variants.variants() if variant.name == "after norms, 0.5")
+    params = variant.params(model, 4, torch.Generator().manual_seed(0))
+    assert not params.stacked["0.weight_r"].requires_grad and bool((params.stacked["0.weight_r"] == 1).all())
+    assert set(params.stacked["1.weight"].unique().tolist()) == {-1, 1} and params.stacked["1.weight"].requires_grad
+    assert "1.bias" in params.shared and bool((params.stacked["11.weight_r"] == -1).any())
 
 
 def test_classes_are_held_out(tmp_path: Path) -> None:
@@ -297,7 +349,7 @@ def test_classes_are_held_out(tmp_path: Path) -> None:
         assert part.images[:, 0, 0, 0].tolist() == [0, 0, 0, 20, 20, 20]
     assert sorted(task.outside[:, 0, 0, 0].tolist()) == [10] * 6 + [30] * 6
     model = make_model("cnn", (3, 8, 8), 2)
-    assert quality.parts(model) == {
+    assert quality_variants.parts(model) == {
         "first": ["0.weight"],
         "last": ["11.weight", "11.bias"],
         "biases": ["11.bias"],
