@@ -68,7 +68,7 @@ class Compiled:
         options: Mapping[str, Any],
         *,
         made: Collection[object] = (),
-        one_by_one: Callable[..., bool] = lambda *_: False,
+        keeps_layouts: Callable[..., bool] = lambda *_: False,
         situation: Callable[..., Hashable] = lambda *_: None,
     ) -> None:
         """Note what to compile; the first call compiles.
@@ -77,7 +77,7 @@ class Compiled:
             objective: what to compile; called with positional arguments.
             options: the user's own, for torch.compile.
             made: objects that the objective holds and never changes; guards on them are dropped.
-            one_by_one: whether the objective, called with these arguments, computes members one after another.
+            keeps_layouts: whether, for these arguments, convolutions are left in the layout of their inputs.
             situation: what else the results for these arguments depend on; in a new one they are compared again.
         """
         self.by = None
@@ -91,7 +91,7 @@ class Compiled:
         by_grad = objective.by_grad
         self._rungs: dict[str, Callable[[dict[str, Any], tuple[Any, ...]], tuple[Any, Any]]] = {
             "functorch_ens": lambda options, arguments: compile_with_extras(
-                by_grad, whole | options, made, one_by_one(*arguments), arguments
+                by_grad, whole | options, made, keeps_layouts(*arguments), arguments
             ),
             "torch.compile": lambda options, arguments: self._plain(by_grad, whole | options, arguments),
             "in parts": self._in_parts,

@@ -25,7 +25,7 @@ def compile_with_extras(
     method: Callable[..., Any],
     options: dict[str, Any],
     made: Collection[object],
-    one_by_one: bool,
+    keeps_layouts: bool,
     arguments: tuple[Any, ...],
 ) -> tuple[Callable[..., Any], Any]:
     """`method` compiled with `options` and all extras that work, and its result for `arguments`.
@@ -34,7 +34,7 @@ def compile_with_extras(
         method: a bound method.
         options: the user's own, for torch.compile; where they contradict an extra, they win.
         made: objects that the method's object holds and never changes.
-        one_by_one: whether the method computes members one after another.
+        keeps_layouts: whether convolutions on a CPU are left in the layout of their inputs.
         arguments: those of its first call.
     """
     rest = dict(options)
@@ -54,10 +54,8 @@ def compile_with_extras(
         return attempt({})
     on_cpu = _on_cpu(take_apart(arguments)[0])
     extras = _passes()
-    with optional("layouts kept as they are"):
-        # A weight that serves one member's rows is not worth a change of its layout before each convolution.
-        if on_cpu and one_by_one and inductor_option(LAYOUT):
-            extras[LAYOUT] = False
+    if on_cpu and keeps_layouts:
+        extras |= _same_layouts()
     return _without_trials_first(attempt, extras, theirs, on_cpu)
 
 
@@ -105,8 +103,12 @@ def functorch_ens(
     def attempt(extras: dict[str, Any]) -> Any:
         return (_with_joined_kernels(by_inductor) if on_cpu else by_inductor)(_copied(graph), extras)
 
+    extras = _passes()
+    with optional("layouts kept as they are"):
+        if on_cpu and any(map(_scales_a_convolution, graph.graph.nodes)):
+            extras |= _same_layouts()
     try:
-        return _without_trials_first(attempt, _passes(), given, on_cpu)
+        return _without_trials_first(attempt, extras, given, on_cpu)
     except Exception as error:
         log.info("compiling without what functorch_ens adds to inductor: %r", error)
     return by_inductor(graph, {})
@@ -140,6 +142,27 @@ def _passes() -> dict[str, Any]:
         if inductor_option(PASS) is None:
             return {PASS: Passes()}
     return {}
+
+
+def _same_layouts() -> dict[str, Any]:
+    """The option that leaves convolutions in the layout of their inputs, unless the user has forbidden others anyway.
+
+    inductor changes layouts to channels-last, which pays for convolutions alone. But between two convolutions of an
+    ensemble the activations have a member axis, `[E, B, C, H, W]`, which inductor keeps contiguous, so that it copies
+    them twice for each convolution. And a weight that serves one member's rows is not worth the change of its layout.
+    """
+    with optional("layouts kept as they are"):
+        if inductor_option(LAYOUT):
+            return {LAYOUT: False}
+    return {}
+
+
+def _scales_a_convolution(node: torch.fx.Node) -> bool:
+    """Whether this is the `s` of a convolution of a BatchEnsemble, as Dynamo traces it."""
+    if node.target not in (torch.ops.functorch_ens.scaled, torch.ops.functorch_ens.scaled.default):
+        return False
+    weight: Any = node.args[1]
+    return weight.meta["example_value"].ndim > 2
 
 
 def _without_trials_first(

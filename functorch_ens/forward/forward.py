@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from functorch_ens import _torch
-from functorch_ens.anatomy import Anatomy
+from functorch_ens.anatomy import Anatomy, member_names
 from functorch_ens.checks import check_bool, check_option, check_positive_int, first_line
 from functorch_ens.forward.call import Call, Keywords, Known, update_lost
 from functorch_ens.forward.failures import VmapCannot, interrupt_in, is_of_vmap, is_transient
@@ -296,6 +296,11 @@ class Forward:
             if stacks and stacks[0].device.type == "cpu":
                 return self.plan.for_own_convolutions()
         return self.plan
+
+    def convolves_members(self, *params: EnsembleParams) -> bool:
+        """Whether a member has something of its own in a convolution: its weight, or vectors and factors of it."""
+        stacked = {name for each in params for name in each.stacked}
+        return any(name in stacked or not stacked.isdisjoint(member_names(name)) for name in self._convolutions)
 
     def _compute(self, call: Call) -> Any:
         """The result by the first plan that works, which is then the plan in use."""

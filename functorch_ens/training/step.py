@@ -270,7 +270,7 @@ class TrainStep:
                 self._objective,
                 self._options,
                 made=[*self.forward.made, self.forward.known, self._objective.losses],
-                one_by_one=lambda E, work, prepared: _plan(self, work.trained).one_by_one,
+                keeps_layouts=lambda E, work, prepared: self.forward.convolves_members(work.trained, work.fixed),
                 situation=lambda E, work, _: (self.forward.strategy, self._objective.losses.strategy, *work.modes),
             )
         return self._compiled(E, work, prepared)
