@@ -214,8 +214,7 @@ def layout_of(layer: nn.Module, leaf: str = "weight") -> Layout:
         return own or Layout()
     if isinstance(found, Mapping):
         raise ValueError(
-            f"layout: {own} reads {sum(own.axes)} axes, but {leaf} of {type(layer).__name__} is "
-            f"{list(parameter.shape)}"
+            f"layout: {own} reads {sum(own.axes)} axes, but {leaf} of {type(layer).__name__} is {list(parameter.shape)}"
         )
     return Layout()  # a bias, say, beside weights of more axes
 

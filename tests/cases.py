@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from zoo_written import DirectAccess, Matrices, Residual, Tied, shared_layer
@@ -42,6 +43,60 @@ class Conv1D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
         return rows.view(*x.shape[:-1], self.nf)
+
+
+class MixtralExperts(nn.Module):
+    """Stands for such a class in transformers: stacks of matrices `[n, out, in]`, or `[n, in, out]`."""
+
+    __module__ = "transformers.models.mixtral.modeling_mixtral"  # by which it is known
+
+    def __init__(self, experts: int, width: int, inner: int, transposed: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+
+        def stack(out: int, into: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(experts, *((into, out) if transposed else (out, into))))
+
+        self.up_proj, self.down_proj = stack(inner, width), stack(width, inner)
+        self.up_proj_bias = nn.Parameter(torch.randn(experts, inner))
+
+    def forward(self, x: Tensor, routing: Tensor) -> Tensor:
+        output = torch.zeros_like(x)
+        for k in range(len(self.up_proj_bias)):  # transformers too reads the whole weight for each expert
+            up, down = self.up_proj[k], self.down_proj[k]
+            if self.is_transposed:
+                up, down = up.mT, down.mT
+            output = output + routing[..., k, None] * F.linear(F.linear(x, up, self.up_proj_bias[k]).tanh(), down)
+        return output
+
+
+class Mixture(nn.Module):
+    """A router and experts."""
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.experts = MixtralExperts(3, 4, 5, transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.experts(x, self.router(x).softmax(-1))
+
+
+class XLNetRelativeAttention(nn.Module):
+    """Stands for the layer of this name in transformers: weights `[model, heads, size]`."""
+
+    __module__ = "transformers.models.xlnet.modeling_xlnet"  # by which it is known
+
+    def __init__(self, width: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.r = (nn.Parameter(torch.randn(width, heads, size)) for _ in range(5))
+        self.r_w_bias = nn.Parameter(torch.randn(heads, size))
+        self.seg_embed = nn.Parameter(torch.randn(2, heads, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, r = (torch.einsum("bld,dhk->blhk", x, weight) for weight in (self.q, self.k, self.v, self.r))
+        scores = torch.einsum("blhk,bmhk->bhlm", q + self.r_w_bias, k + r + self.seg_embed[0]).softmax(-1)
+        return torch.einsum("bhlm,bmhk,dhk->bld", scores, v, self.o)
 
 
 def randn(*shape: int) -> Tensor:
@@ -244,6 +299,9 @@ def _models() -> dict[str, Any]:
         "lstm cell": (nn.LSTMCell(4, 3), randn(2, 4)),
         "embedding bag": (nn.EmbeddingBag(5, 3, mode="mean"), torch.randint(5, (4, 2))),
         "matrices": (Matrices(), randn(5, 3)),
+        "experts": (Mixture(), randn(*x)),
+        "experts, transposed": (Mixture(transposed=True), randn(*x)),
+        "relative attention": (XLNetRelativeAttention(4, 2, 3), randn(*x)),
         "tied": (Tied(), torch.randint(5, (2, 3))),
         "residual": (Residual(), randn(3, 4)),
         "a module used twice": (shared_layer(), randn(2, 4)),

@@ -104,7 +104,7 @@ register(
 )
 # The inference fast path has no derivative. The layer takes it only for an activation that it knows, and 0 is none.
 register(nn.TransformerEncoderLayer, attributes={"activation_relu_or_gelu": 0})
-# Weights [model, heads, size] of transformers, which is not imported for it. XLNet's o maps the heads back to the model.
+# Weights [model, heads, size] of transformers, which is not imported for them. XLNet's o maps the heads to the model.
 _TO_HEADS, _FROM_HEADS = Layout(transposed=True, axes=(1, 2)), Layout(axes=(1, 2))
 register(
     "transformers.models.xlnet.modeling_xlnet.XLNetRelativeAttention",

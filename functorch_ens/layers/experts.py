@@ -1,7 +1,8 @@
 """Mixtures of experts as transformers writes them: stacks of matrices, one for each expert.
 
-Each expert has vectors of its own, `W_i[k] = W[k] * (r_i[k] s_i[k]^T)`: `r` `[n * out]` and `s` `[n * in]` are those of the
-n experts one after another. With low-rank weights, experts `[n, out, in]` share `A`, and each has rows of `B` of its own.
+Each expert has vectors of its own, `W_i[k] = W[k] * (r_i[k] s_i[k]^T)`: `r` `[n * out]` and `s` `[n * in]` are those of
+the n experts one after another. Low-rank experts `[n, out, in]` share `A`, and each has its own rows of `B`; of experts
+`[n, in, out]` it is the other way round.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def _pure(layer: Any, *args: Any, **kwargs: Any) -> Any:
     own.update({added: None for name in merged for added in member_names(name) if added in own})
     own.update(merged)
     try:
-        return type(layer).__mro__[1].forward(layer, *args, **kwargs)  # the class of which the template makes its own
+        original: Any = type(layer).__mro__[1]  # the template's class is a subclass of it
+        return original.forward(layer, *args, **kwargs)
     finally:
         own.update(before)
 

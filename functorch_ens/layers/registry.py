@@ -57,7 +57,7 @@ class Kind:
     """What the layer calls that vmap cannot serve."""
 
 
-_kinds: dict[type[nn.Module] | str, Kind] = {}  # a str is the full name of a class that is not imported here, or a pattern
+_kinds: dict[type[nn.Module] | str, Kind] = {}  # a str: a pattern of full names of classes that are not imported
 
 
 def register(

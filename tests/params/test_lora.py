@@ -32,7 +32,8 @@ def test_names_shapes_and_kinds(name: str) -> None:
     assert set(params.stacked) == {f"{weight}_lora_{each}" for weight in weights for each in "AB"}
     for weight in weights:
         A, B = params.stacked[f"{weight}_lora_A"], params.stacked[f"{weight}_lora_B"]
-        first, rest = len(own[weight]), own[weight].numel() // len(own[weight])
+        first = own[weight].shape[:2].numel() if weight.startswith("experts") else len(own[weight])
+        rest = own[weight].numel() // first
         assert A.shape[:2] == (3, 1) and B.shape[::2] == (3, 1) and {A.shape[2], B.shape[1]} == {first, rest}
         assert A.abs().min() > 0 and not B.any() and not torch.equal(A[0], A[1])
     for tensor in params.stacked.values():
