@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -43,6 +44,32 @@ class Conv1D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
         return rows.view(*x.shape[:-1], self.nf)
+
+
+class FalconLinear(nn.Linear):
+    """Stands for the layer of this name in transformers."""
+
+    __module__ = "transformers.models.falcon.modeling_falcon"  # by which it is known
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class ScaledWordEmbedding(nn.Embedding):
+    """Stands for the vocabularies of transformers that are multiplied by a number, or by a buffer."""
+
+    __module__ = "transformers.models.bart.modeling_bart"  # by which it is known
+
+    def __init__(self, words: int, width: int, buffer: bool = False, **options: Any) -> None:
+        super().__init__(words, width, **options)
+        self.embed_scale: Tensor | float = 3.0
+        if buffer:
+            del self.embed_scale
+            self.register_buffer("embed_scale", torch.tensor(3.0), persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * self.embed_scale
 
 
 class MixtralExperts(nn.Module):
@@ -118,7 +145,9 @@ def norm_net(kind: type[nn.Module]) -> Any:
 @st.composite
 def _linear(draw: st.DrawFn) -> Case:
     into, out, lead = draw(sizes), draw(sizes), draw(st.lists(sizes, max_size=3))
-    layer = Conv1D(out, into) if draw(st.booleans()) else nn.Linear(into, out, bias=draw(st.booleans()))
+    kinds: list[Any] = [nn.Linear, FalconLinear]
+    kind = draw(st.sampled_from([*kinds, Conv1D]))
+    layer = Conv1D(out, into) if kind is Conv1D else kind(into, out, bias=draw(st.booleans()))
     return Case(layer, (randn(*lead, into),))
 
 
@@ -165,7 +194,9 @@ def _conv_transpose(draw: st.DrawFn) -> Case:
 @st.composite
 def _embedding(draw: st.DrawFn) -> Case:
     words = draw(st.integers(2, 6))
-    layer = nn.Embedding(
+    kinds: list[Any] = [nn.Embedding, ScaledWordEmbedding, partial(ScaledWordEmbedding, buffer=True)]
+    kind = draw(st.sampled_from(kinds))
+    layer = kind(
         words,
         draw(sizes),
         padding_idx=draw(st.sampled_from([None, 0, words - 1])),

@@ -146,7 +146,10 @@ def rule_of(layer: nn.Module) -> Rule | None:
     rows = rows_of(layer, _kinds)
     # A subclass or an instance that overrides one of these computes something else than the registered class.
     methods = {"forward"}.union(*(kind.pure for _, kind in rows))
-    rules = {cls: kind.rule for cls, kind in rows}
+    rules: dict[type, Rule] = {}
+    for cls, kind in rows:
+        if kind.rule:
+            rules.setdefault(cls, kind.rule)  # that of the class itself comes before that of a pattern
     if not methods.isdisjoint(vars(layer)):
         return None
     for cls in type(layer).__mro__:
