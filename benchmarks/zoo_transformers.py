@@ -148,7 +148,8 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any], Callable[[], dict[str, Any]]]
     ),
     "LLaMA": ("Llama", "ForCausalLM", _DECODER, _causal),
     "Mistral": ("Mistral", "ForCausalLM", {**_DECODER, "sliding_window": 4}, _causal),
-    "Mixtral": ("Mixtral", "ForCausalLM", {**_DECODER, **_EXPERTS, "experts_implementation": "eager"}, _causal),
+    "Mixtral": ("Mixtral", "ForCausalLM", {**_DECODER, **_EXPERTS}, _causal),
+    "Mixtral, eager": ("Mixtral", "ForCausalLM", {**_DECODER, **_EXPERTS, "experts_implementation": "eager"}, _causal),
     "Mixtral, batched_mm": (
         "Mixtral",
         "ForCausalLM",
@@ -258,6 +259,6 @@ def _make(start: str, end: str, options: dict[str, Any], inputs: Callable[[], di
         options = dict(options)
         experts = options.pop("experts_implementation", None)
         config = getattr(transformers, f"{start}Config")(**options)
-        if experts is not None:  # the default one, grouped_mm, is not for float64
+        if experts is not None:  # the default one, grouped_mm, cannot compute in float64
             config._experts_implementation = experts
         return Sample(getattr(transformers, f"{start}{end}")(config), (), inputs())
