@@ -11,6 +11,7 @@ from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
+import model_coverage
 import operator_sweep
 import pytest
 import quality
@@ -20,6 +21,7 @@ from models import make_model
 from oracle import compiler
 from PIL import Image
 from tqdm import tqdm
+from zoo import cases
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -106,6 +108,20 @@ def test_the_table_and_the_json(tmp_path: Path) -> None:
     totals = answer.stdout.splitlines()[-1].split()
     assert totals[:7] == ["written", "2", "8", "4", "4", "0", "0"]
     assert "second (Linear) has backward hooks" in answer.stdout
+    assert (
+        models["written/mlp"]["BatchEnsemble eval"]["fast"] == models["written/mlp"]["BatchEnsemble eval"]["rank-1"] > 0
+    )
+
+
+def test_families_of_a_package_that_is_not_there_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(cases("transformers")) > 33  # their names need no package
+    monkeypatch.setattr(model_coverage, "is_installed", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["model_coverage.py", "--family", "transformers"])
+    with pytest.raises(SystemExit):
+        model_coverage.main()
+    assert "pip install transformers" in capsys.readouterr().err
 
 
 def test_lora_against_merged_copies_and_one_network(tmp_path: Path) -> None:

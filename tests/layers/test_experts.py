@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import MixtralExperts, Mixture, randn
-from oracle import assert_same, assert_untouched, both_kinds, gradients, loop, low_rank, snapshot
+from oracle import assert_same, assert_untouched, both_kinds, compile_whole, gradients, loop, low_rank, snapshot
 from torch import Tensor, nn
 
 import functorch_ens as fe
@@ -69,6 +69,13 @@ def test_a_weight_is_multiplied_out_once_in_a_call(strategy: str, monkeypatch: p
         calls.clear()
         assert_same(forward(params, x), loop(model, params, x))
         assert len(calls) == 2 * (1 if strategy == "vmap" else 2)
+
+
+@pytest.mark.parametrize("kind", ["classic", "BatchEnsemble"])
+def test_experts_compile_whole(kind: str) -> None:
+    model, x = Mixture().double(), randn(2, 3, 4)
+    params = both_kinds(model, 2)[kind == "BatchEnsemble"]
+    assert_same(compile_whole(fe.make_forward(model))(params, x), loop(model, params, x))
 
 
 def test_an_error_in_a_forward_leaves_the_weights_as_they_are() -> None:

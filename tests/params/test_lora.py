@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MODELS, model_case, randn, small_net, source
+from cases import MODELS, MixtralExperts, model_case, randn, small_net, source
 from oracle import assert_same, assert_untouched, compiler, loop, low_rank, member_weights, snapshot, tensors_of
 from plain import with_weights
 from torch import Tensor, nn
@@ -99,6 +99,12 @@ def test_the_inits(init: str, spread: float) -> None:
         A = fe.lora_params(layer.double(), 5, init=init, generator=source()).stacked["weight_lora_A"].detach()
         assert abs(A.std().item() * terms**0.5 / spread - 1) < 0.02 and abs(A.mean().item()) < 0.02 * terms**-0.5
         assert bool(A.abs().max() * terms**0.5 <= 1) is (init == "uniform")
+
+
+def test_each_expert_sums_its_own_inputs() -> None:
+    model = MixtralExperts(4, 100, 50, transposed=True).double()  # [4, in, out]
+    A = fe.lora_params(model, 5, init="normal", generator=source()).stacked["up_proj_lora_A"].detach()
+    assert A.shape == (5, 8, 400) and abs(A.std().item() * 100**0.5 - 1) < 0.02
 
 
 def test_an_init_of_the_users_own() -> None:
