@@ -173,8 +173,9 @@ def _attempt_all(case: Case, E: int, timed: bool, send: Connection) -> None:
 class Plain(NamedTuple):
     """What ordinary modules compute."""
 
-    results: Any
-    """Outputs and new buffers."""
+    outputs: Any
+    buffers: dict[str, Tensor]
+    """New ones. Apart, for what is in them (positions, masks) may be far larger than any output."""
     backward: list[Tensor]
     """The gradients of `combined` outputs."""
     step: list[Tensor] | None
@@ -195,8 +196,8 @@ class Trial:
     def plain(self, shaken: int | None = None) -> Plain:
         """What a loop over ordinary modules finds; `shaken` is a seed that moves inputs and weights by roundings."""
         outputs, buffers = self._members(shaken)
-        results = stacked(outputs, buffers)
-        backward = self.gradients(combined(results[0]), again=self.part)
+        result, new = stacked(outputs, buffers)
+        backward = self.gradients(combined(result), again=self.part)
         if not self.part:  # reentrant checkpointing goes back through a graph once
             outputs, _ = self._members(shaken)
         shapes = {tuple(leaf.shape for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)) for out in outputs}
@@ -205,7 +206,8 @@ class Trial:
         has_loss = len(shapes) == 1 and any(prod(shape) for shape in next(iter(shapes)))
         step = self.gradients(loss) if loss.requires_grad and self.trained and has_loss else None
         # What a graph holds would not fit in twice.
-        return Plain(pytree.tree_map_only(Tensor, Tensor.detach, results), backward, step)
+        result, new = pytree.tree_map_only(Tensor, Tensor.detach, (result, new))
+        return Plain(result, new, backward, step)
 
     def _members(self, shaken: int | None) -> Any:
         weights = [fe.member_params(self.model, self.params, i) for i in range(self.params.E)]
@@ -317,7 +319,10 @@ def _compare(trial: Trial, want: Plain, result: dict[str, Any], noise: bool = Fa
         # "same": one noise for all members, so that dropout can be compared with the loop's.
         forward = fe.make_forward(trial.model, strategy=strategy, randomness="same")
         got = trial.run(forward)
-        errors = difference(got, want.results), difference(trial.gradients(combined(got[0])), want.backward)
+        errors = (
+            max(difference(got[0], want.outputs), difference(got[1], want.buffers)),
+            difference(trial.gradients(combined(got[0])), want.backward),
+        )
         del got
         if strategy == "auto" and forward.strategy == "loop" != result["by"]:
             result |= {"by": "loop", "reason": forward.reason}  # by vmap it computes no gradient
