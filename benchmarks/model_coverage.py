@@ -1,11 +1,14 @@
 """Which models become ensembles, and how: every layer of torch.nn, ways to write a model, all of torchvision.
 
+If transformers is installed, its families can be tried too (`--family transformers`).
+
 Each model is tried as a classic ensemble and as a BatchEnsemble, in eval and in training mode. Outputs, new buffers and
 gradients must equal those of a plain Python loop over E ordinary networks with the members' weights: the gradients by
 `.backward()` through the forward, and those of a train step, which is not compiled.
 
     python benchmarks/model_coverage.py                      everything; some hours on two cores
     python benchmarks/model_coverage.py --family nn written  a few minutes
+    python benchmarks/model_coverage.py --family transformers
     python benchmarks/model_coverage.py --only 'resnet*' swin_t
     python benchmarks/model_coverage.py --factory package.module:build
 
@@ -41,7 +44,8 @@ from sample import Sample
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
-from zoo import FAMILIES, Case, cases, exact
+from zoo import FAMILIES, OPTIONAL, Case, cases, exact
+from zoo_transformers import is_installed
 
 import functorch_ens as fe
 from functorch_ens.tables import aligned
@@ -60,7 +64,13 @@ _TOLERANCE = {torch.complex128: 1e-7, torch.float64: 1e-7, torch.float32: 1e-2}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all of them")
+    parser.add_argument(
+        *("--family", "--families"),
+        nargs="+",
+        choices=[*FAMILIES, *OPTIONAL],
+        default=list(FAMILIES),
+        help=f"default: all but {', '.join(OPTIONAL)}, which needs `pip install transformers`",
+    )
     parser.add_argument("--only", nargs="+", metavar="PATTERN", default=["*"], help="models whose name matches one")
     parser.add_argument("--factory", metavar="MODULE:FUNCTION", help="try a model of your own instead")
     parser.add_argument("--members", type=int, default=2, metavar="E", help="size of the ensembles (default: 2)")
@@ -71,6 +81,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.members < 1:
         parser.error(f"--members: expected at least 1, got {options.members}")
+    if "transformers" in options.family and not is_installed():
+        parser.error("--family: transformers is not installed: pip install transformers")
     if options.factory:
         chosen = [_from_factory(options.factory, parser)]
     else:
@@ -86,6 +98,9 @@ def main() -> None:
         if options.json.exists():
             results = json.loads(options.json.read_text())["models"]
     importlib.import_module("torch._dynamo")  # torch.optim needs it: here once, instead of in each process
+    versions = {"torch": torch.__version__}
+    if "transformers" in options.family and not options.factory:
+        versions["transformers"] = importlib.import_module("transformers").__version__
     bar = tqdm(chosen, disable=None, unit="model")
     for case in bar:
         bar.set_postfix_str(case.name)
@@ -93,7 +108,7 @@ def main() -> None:
             continue
         results[f"{case.family}/{case.name}"] = _isolated(case, options.members, options.timeout, not options.no_times)
         if options.json:
-            write_json({"torch": torch.__version__, "E": options.members, "models": results}, options.json)
+            write_json({**versions, "E": options.members, "models": results}, options.json)
     print(report(results))
     sys.exit(any(run["by"] == "fails" for runs in results.values() for run in runs.values()))
 
@@ -158,8 +173,9 @@ def _attempt_all(case: Case, E: int, timed: bool, send: Connection) -> None:
 class Plain(NamedTuple):
     """What ordinary modules compute."""
 
-    results: Any
-    """Outputs and new buffers."""
+    outputs: Any
+    buffers: dict[str, Tensor]
+    """New ones. Apart, for what is in them (positions, masks) may be far larger than any output."""
     backward: list[Tensor]
     """The gradients of `combined` outputs."""
     step: list[Tensor] | None
@@ -180,8 +196,8 @@ class Trial:
     def plain(self, shaken: int | None = None) -> Plain:
         """What a loop over ordinary modules finds; `shaken` is a seed that moves inputs and weights by roundings."""
         outputs, buffers = self._members(shaken)
-        results = stacked(outputs, buffers)
-        backward = self.gradients(combined(results[0]), again=self.part)
+        result, new = stacked(outputs, buffers)
+        backward = self.gradients(combined(result), again=self.part)
         if not self.part:  # reentrant checkpointing goes back through a graph once
             outputs, _ = self._members(shaken)
         shapes = {tuple(leaf.shape for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)) for out in outputs}
@@ -190,7 +206,8 @@ class Trial:
         has_loss = len(shapes) == 1 and any(prod(shape) for shape in next(iter(shapes)))
         step = self.gradients(loss) if loss.requires_grad and self.trained and has_loss else None
         # What a graph holds would not fit in twice.
-        return Plain(pytree.tree_map_only(Tensor, Tensor.detach, results), backward, step)
+        result, new = pytree.tree_map_only(Tensor, Tensor.detach, (result, new))
+        return Plain(result, new, backward, step)
 
     def _members(self, shaken: int | None) -> Any:
         weights = [fe.member_params(self.model, self.params, i) for i in range(self.params.E)]
@@ -260,6 +277,9 @@ def attempt(
     auto, loop = fe.make_forward(trial.model), fe.make_forward(trial.model, strategy="loop")
     trial.step(auto)
     result: dict[str, Any] = {"by": auto.strategy, "reason": auto.reason}
+    if kind == "BatchEnsemble":
+        rules = Counter(row.rule for row in fe.describe(trial.model, trial.params).rows)
+        result["fast"], result["rank-1"] = rules["fast"], rules["fast"] + rules["fallback"]
     if auto.strategy == "vmap" and timed:
         result["ratio"] = _ratio(lambda: trial.step(auto), lambda: trial.step(loop))
 
@@ -299,7 +319,10 @@ def _compare(trial: Trial, want: Plain, result: dict[str, Any], noise: bool = Fa
         # "same": one noise for all members, so that dropout can be compared with the loop's.
         forward = fe.make_forward(trial.model, strategy=strategy, randomness="same")
         got = trial.run(forward)
-        errors = difference(got, want.results), difference(trial.gradients(combined(got[0])), want.backward)
+        errors = (
+            max(difference(got[0], want.outputs), difference(got[1], want.buffers)),
+            difference(trial.gradients(combined(got[0])), want.backward),
+        )
         del got
         if strategy == "auto" and forward.strategy == "loop" != result["by"]:
             result |= {"by": "loop", "reason": forward.reason}  # by vmap it computes no gradient
@@ -361,7 +384,8 @@ def difference(got: Any, want: Any) -> float:
     theirs = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
     if [leaf.shape for leaf in mine] != [leaf.shape for leaf in theirs]:
         return float("inf")
-    scale = max([1e-30, *(leaf.abs().max().item() for leaf in theirs if leaf.numel())])
+    numbers = [leaf for leaf in theirs if leaf.numel() and leaf.dtype != torch.bool]
+    scale = max([1e-30, *(leaf.abs().max().item() for leaf in numbers)])
     apart = [
         0.0,
         *((a - b).abs().max().item() for a, b in zip(mine, theirs, strict=True) if a.numel() and a.dtype != torch.bool),
@@ -391,8 +415,12 @@ def _ratio(first: Callable[[], None], second: Callable[[], None], rounds: int = 
 def report(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The table by model, the reasons of those that are not by vmap, and the totals."""
     runs = [" ".join(run) for run in RUNS]
-    rows = [["model", *runs]] + [[name, *(_cell(found[run]) for run in runs)] for name, found in results.items()]
-    parts = ["vmap: all members at once, with its time over the loop's; loop: one after another.\n\n" + aligned(rows)]
+    rows = [["model", *runs, "fast rule"]]
+    rows += [[name, *(_cell(found[run]) for run in runs), _share([found])] for name, found in results.items()]
+    parts = [
+        "vmap: all members at once, with its time over the loop's; loop: one after another; fast rule: so many of the "
+        "rank-1 weights of a BatchEnsemble.\n\n" + aligned(rows)
+    ]
     others = {
         f"{name} ({', '.join(run for run in runs if found[run]['by'] == by)})": f"{by}: {reason}"
         for name, found in results.items()
@@ -402,7 +430,7 @@ def report(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     if others:
         parts.append("Not by vmap\n" + "\n".join(f"  {name}\n    {reason}" for name, reason in others.items()))
     families = dict.fromkeys(name.partition("/")[0] for name in results)
-    heads = "family,models,runs,vmap,loop,refused,fails,steps,steps fail,median,slowest"
+    heads = "family,models,runs,vmap,loop,refused,fails,steps,steps fail,fast rule,median,slowest"
     totals = [heads.split(",")]
     for family in [*families, "all"] if len(families) > 1 else families:
         mine = [found for name, found in results.items() if family in ("all", name.partition("/")[0])]
@@ -412,13 +440,21 @@ def report(results: dict[str, dict[str, dict[str, Any]]]) -> str:
         steps = Counter(run.get("step", "not compared") for run in every)
         numbers = [len(mine), len(every), *(count[by] for by in ("vmap", "loop", "refused", "fails"))]
         numbers += [steps.total() - steps["not compared"], steps["fails"]]
+        fast = _share(mine)
         spread = [f"{median(ratios):.2f}", f"{max(ratios):.2f}"] if ratios else ["-", "-"]
-        totals.append([family, *map(str, numbers), *spread])
+        totals.append([family, *map(str, numbers), fast, *spread])
     parts.append(
         "Totals (refused: the model itself cannot do it, in any loop; steps: runs whose train step was compared too; "
-        "median, slowest: the time by vmap over the loop's)\n\n" + aligned(totals)
+        "fast rule: the rank-1 weights that have one, of all; median, slowest: the time by vmap over the loop's)\n\n"
+        + aligned(totals)
     )
     return "\n\n".join(parts)
+
+
+def _share(models: list[dict[str, dict[str, Any]]]) -> str:
+    """How many of the rank-1 weights of the BatchEnsembles of `models` are on the fast rule."""
+    counted = [found["BatchEnsemble eval"] for found in models if "fast" in found["BatchEnsemble eval"]]
+    return f"{sum(run['fast'] for run in counted)} of {sum(run['rank-1'] for run in counted)}" if counted else "-"
 
 
 def _cell(run: dict[str, Any]) -> str:

@@ -74,8 +74,11 @@ def with_weights(model: nn.Module, weights: Weights, buffers: Weights) -> nn.Mod
             module.sparse = False  # a gradient that comes from one member's part of a stack cannot be sparse
         for leaf, parameter in list(module._parameters.items()):
             if parameter is not None:
+                weight: Any = weights[names[id(parameter)]]
                 del module._parameters[leaf]
-                setattr(module, leaf, weights[names[id(parameter)]])
+                setattr(module, leaf, weight)  # an RNN notes it
+                if vars(module).pop(leaf, None) is not None:
+                    module._parameters[leaf] = weight  # models ask parameters() for their dtype
         for leaf, buffer in module._buffers.items():
             if buffer is not None and kept[id(buffer)] in buffers:
                 module._buffers[leaf] = buffers[kept[id(buffer)]]

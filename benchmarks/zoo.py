@@ -1,4 +1,4 @@
-"""Models to try an ensemble library on: every layer of torch.nn, ways to write a model, and all of torchvision."""
+"""Models to try an ensemble library on: torch.nn's layers, ways to write a model, torchvision's, transformers'."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sample import Sample, integers, of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils import _pytree as pytree
+from zoo_transformers import transformers_models
 from zoo_written import written
 
 
@@ -36,6 +37,9 @@ FAMILIES: tuple[str, ...] = (
 )
 """`nn`: the layers of torch.nn; `written`: ways to write a model; the others are torchvision's, as it calls them."""
 
+OPTIONAL: tuple[str, ...] = ("transformers",)
+"""Families of packages that the tests do not need."""
+
 
 def exact(case: Case) -> Sample:
     """The model of `case` and its inputs in float64 and complex128; integers stay."""
@@ -56,6 +60,8 @@ def cases(family: str) -> list[Case]:
         return [Case(family, name, make) for name, make in _layers().items()]
     if family == "written":
         return [Case(family, name, make) for name, make in written().items()]
+    if family == "transformers":
+        return [Case(family, name, make) for name, make in transformers_models().items()]
     return [Case(family, name, partial(_torchvision, family, name)) for name in torchvision_names(family)]
 
 

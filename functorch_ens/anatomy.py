@@ -7,9 +7,10 @@ for each class.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -25,20 +26,33 @@ from functorch_ens.checks import check_callable, shown
 class Layout(NamedTuple):
     """How the axes of a weight are read: axis 0 is the output and axis 1 the input, or the other way round.
 
-    A grouped layer splits axis 0 into `groups`. Each group has its own part of the other side.
+    A grouped layer splits axis 0 into `groups`. Each group has its own part of the other side. `axes` is for weights
+    in which a side has several axes, which are read as one: `[in, heads, size]` is
+    `Layout(transposed=True, axes=(1, 2))`. A stack of n matrices `[n, out, in]` is a layer of n groups,
+    `Layout(groups=n, axes=(2, 1))`: `r` is the n outputs one after another, `[n * out]`, and `s` the n inputs.
     """
 
     groups: int = 1
     transposed: bool = False  # axis 0 is the input
+    axes: tuple[int, int] = (1, 1)
 
     @property
     def turned(self) -> Layout:
-        """The layout that reads axis 0 and axis 1 the other way round."""
+        """The layout that reads the first side and the second the other way round."""
         return self._replace(transposed=not self.transposed)
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether `weight` has as many axes as are read."""
+        return weight.ndim >= sum(self.axes)
+
+    def spatial(self, weight: Tensor) -> int:
+        """The number of axes of `weight` that follow its two sides."""
+        return weight.ndim - sum(self.axes)
 
     def sizes(self, weight: Tensor) -> tuple[int, int]:
         """The lengths (out, in) of `r` and `s` for `weight`."""
-        first, second = weight.shape[0], weight.shape[1] * self.groups
+        rows, both = self.axes[0], sum(self.axes)
+        first, second = prod(weight.shape[:rows]), prod(weight.shape[rows:both]) * self.groups
         return (second, first) if self.transposed else (first, second)
 
     def multiplied(
@@ -46,8 +60,14 @@ class Layout(NamedTuple):
     ) -> Tensor:
         """`weight` times `r` along its output axis and `s` along its input axis, where they are given.
 
-        `spatial` axes follow the first two. Any of the tensors may have a leading member axis.
+        `spatial` axes follow the two sides. Any of the tensors may have a leading member axis.
         """
+        if self.axes != (1, 1):
+            rows, both = self.axes[0], sum(self.axes)
+            lead = weight.ndim - both - spatial
+            matrix = weight.flatten(lead + rows, lead + both - 1).flatten(lead, lead + rows - 1)
+            result = self._replace(axes=(1, 1)).multiplied(matrix, r=r, s=s, spatial=spatial)
+            return result.reshape(*result.shape[: result.ndim - 2 - spatial], *weight.shape[lead:])
         first, second = (s, r) if self.transposed else (r, s)
         axes, ones = "".join(f" k{i}" for i in range(spatial)), " 1" * spatial
         scales = []
@@ -61,9 +81,10 @@ class Layout(NamedTuple):
     def factors(self, weight: Tensor) -> tuple[tuple[int | str, int], tuple[int, int | str]]:
         """The shapes of `A` `[rank, in]` and `B` `[out, rank]` for `weight`; the rank is free.
 
-        The weight is read as a matrix: axis 0 is one side, all other axes together are the other side.
+        The weight is read as a matrix: its first side is one side, all other axes together are the other side.
         """
-        first, rest = weight.shape[0], prod(weight.shape[1:])
+        rows = self.axes[0]
+        first, rest = prod(weight.shape[:rows]), prod(weight.shape[rows:])
         out, into = (rest, first) if self.transposed else (first, rest)
         return (RANK, into), (out, RANK)
 
@@ -102,16 +123,34 @@ def can_be_rank1(parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and is_numeric(parameter)
 
 
-_layouts: dict[type[nn.Module] | str, Callable[[Any], Layout]] = {}  # the rows of layers/ fill it
+Layouts = Layout | Mapping[str, Layout]
+"""The layout of all weights of a layer; or, by what the layer calls it, that of each of its weights."""
+
+_layouts: dict[type[nn.Module] | str, Callable[[Any], Layouts]] = {}  # the rows of layers/ fill it
+
+Row = TypeVar("Row")
 
 
-def class_keys(layer: nn.Module) -> list[type | str]:
-    """The classes of `layer`, the nearest first, each followed by its full name: tables may have either."""
-    return [key for cls in type(layer).__mro__ for key in (cls, f"{cls.__module__}.{cls.__qualname__}")]
+def rows_of(layer: nn.Module, table: Mapping[type[nn.Module] | str, Row]) -> list[tuple[type, Row]]:
+    """What `table` has for the class of `layer` and for the bases of that, the nearest first.
+
+    The keys are classes, or patterns of their full names; of several that match one class, the first comes first.
+    """
+    patterns = [key for key in table if isinstance(key, str)]
+    found = []
+    for cls in type(layer).__mro__:
+        if cls in table:
+            found.append((cls, table[cls]))
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        found += [(cls, table[pattern]) for pattern in patterns if fnmatchcase(name, pattern)]
+    return found
 
 
-def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout]) -> None:
+def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layouts]) -> None:
     """Say how the weights of `layer_types` (and their subclasses) are laid out, as a function of the layer.
+
+    The function returns the `Layout` of all weights of the layer, or a dict of one for each: these then get `r` and `s`
+    by default, and no other parameter of the layer does.
 
     >>> import torch, functorch_ens as fe
     >>> class Mix(torch.nn.Module):
@@ -133,8 +172,8 @@ def rank1_layout(*layer_types: type[nn.Module], layout: Callable[[Any], Layout])
     register_layout(layer_types, layout)
 
 
-def register_layout(layer_types: Iterable[type[nn.Module] | str], layout: Callable[[Any], Layout]) -> None:
-    """`rank1_layout`, also for classes that are not imported here, by their full names."""
+def register_layout(layer_types: Iterable[type[nn.Module] | str], layout: Callable[[Any], Layouts]) -> None:
+    """`rank1_layout`, also for classes that are not imported here, by patterns of their full names."""
     for layer_type in layer_types:
         _layouts[layer_type] = layout
 
@@ -148,20 +187,36 @@ def check_layer_types(layer_types: tuple[Any, ...]) -> None:
             raise TypeError(f"layer_types: expected subclasses of torch.nn.Module, got {shown(layer_type)}")
 
 
-def has_layout(layer: nn.Module) -> bool:
-    """Whether a layout is registered for the class of `layer` or for one of its bases."""
-    return any(key in _layouts for key in class_keys(layer))
+def layouts_in(layer: nn.Module) -> Layouts | None:
+    """What is registered for the class of `layer`, or else for the nearest of its bases; None where nothing is."""
+    for _, layout in rows_of(layer, _layouts):
+        found = layout(layer)
+        every = list(found.values()) if isinstance(found, Mapping) else [found]
+        if not all(isinstance(each, Layout) for each in every):
+            raise TypeError(
+                "layout: expected a function that returns a Layout, or a dict of Layouts by parameter, it returned "
+                f"{shown(found)}"
+            )
+        return found
+    return None
 
 
-def layout_of(layer: nn.Module) -> Layout:
-    """The layout of the weights of `layer`: the nearest registered class decides; else output first, then input."""
-    for key in class_keys(layer):
-        if key in _layouts:
-            found = _layouts[key](layer)
-            if not isinstance(found, Layout):
-                raise TypeError(f"layout: expected a function that returns a Layout, it returned {shown(found)}")
-            return found
-    return Layout()
+def layout_of(layer: nn.Module, leaf: str = "weight") -> Layout:
+    """The layout of the weight `leaf` of `layer`, as it is registered; else output first, then input.
+
+    Raises:
+        ValueError: the layout that is registered for this very weight reads more axes than it has.
+    """
+    found, parameters = layouts_in(layer), _torch.parameters_of(layer)
+    parameter = parameters[leaf] if leaf in parameters else None  # TorchScript's dict has no get
+    own = found.get(leaf) if isinstance(found, Mapping) else found
+    if own is None or parameter is None or own.fits(parameter):
+        return own or Layout()
+    if isinstance(found, Mapping):
+        raise ValueError(
+            f"layout: {own} reads {sum(own.axes)} axes, but {leaf} of {type(layer).__name__} is {list(parameter.shape)}"
+        )
+    return Layout()  # a bias, say, beside weights of more axes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -227,7 +282,7 @@ class Anatomy:
         self.whole_numbers = frozenset(name for name, x in {**parameters, **buffers}.items() if not is_numeric(x))
         """The names of parameters and buffers that are not floating or complex."""
         self.layouts = {
-            name: layout_of(self.sites[name][0].module)
+            name: layout_of(self.sites[name][0].module, self.sites[name][0].leaf)
             for name, parameter in parameters.items()
             if can_be_rank1(parameter) and parameters.keys().isdisjoint(member_names(name))
         }

@@ -95,7 +95,8 @@ def take_apart(tree: Any, *, constants_only: bool = False) -> tuple[list[Tensor]
             raise TypeError(
                 "output: expected tensors, numbers, text or None in a pytree or a dataclass, got "
                 f"{type(leaf).__name__}; torch.utils._pytree.register_pytree_node makes a type of output one, or leave "
-                "it out (of the models of transformers, a cache: use_cache=False)"
+                "it out (of the models of transformers, a cache: use_cache=False, or register it, as "
+                "transformers.integrations.executorch.register_dynamic_cache_export_support does a DynamicCache)"
             )
         else:
             values.append(leaf)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from zoo_written import DirectAccess, Matrices, Residual, Tied, shared_layer
@@ -44,6 +46,86 @@ class Conv1D(nn.Module):
         return rows.view(*x.shape[:-1], self.nf)
 
 
+class FalconLinear(nn.Linear):
+    """Stands for the layer of this name in transformers."""
+
+    __module__ = "transformers.models.falcon.modeling_falcon"  # by which it is known
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class ScaledWordEmbedding(nn.Embedding):
+    """Stands for the vocabularies of transformers that are multiplied by a number, or by a buffer."""
+
+    __module__ = "transformers.models.bart.modeling_bart"  # by which it is known
+
+    def __init__(self, words: int, width: int, buffer: bool = False, **options: Any) -> None:
+        super().__init__(words, width, **options)
+        self.embed_scale: Tensor | float = 3.0
+        if buffer:
+            del self.embed_scale
+            self.register_buffer("embed_scale", torch.tensor(3.0), persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * self.embed_scale
+
+
+class MixtralExperts(nn.Module):
+    """Stands for such a class in transformers: stacks of matrices `[n, out, in]`, or `[n, in, out]`."""
+
+    __module__ = "transformers.models.mixtral.modeling_mixtral"  # by which it is known
+
+    def __init__(self, experts: int, width: int, inner: int, transposed: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+
+        def stack(out: int, into: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(experts, *((into, out) if transposed else (out, into))))
+
+        self.up_proj, self.down_proj = stack(inner, width), stack(width, inner)
+        self.up_proj_bias = nn.Parameter(torch.randn(experts, inner))
+
+    def forward(self, x: Tensor, routing: Tensor) -> Tensor:
+        output = torch.zeros_like(x)
+        for k in range(len(self.up_proj_bias)):  # transformers too reads the whole weight for each expert
+            up, down = self.up_proj[k], self.down_proj[k]
+            if self.is_transposed:
+                up, down = up.mT, down.mT
+            output = output + routing[..., k, None] * F.linear(F.linear(x, up, self.up_proj_bias[k]).tanh(), down)
+        return output
+
+
+class Mixture(nn.Module):
+    """A router and experts."""
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.experts = MixtralExperts(3, 4, 5, transposed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.experts(x, self.router(x).softmax(-1))
+
+
+class XLNetRelativeAttention(nn.Module):
+    """Stands for the layer of this name in transformers: weights `[model, heads, size]`."""
+
+    __module__ = "transformers.models.xlnet.modeling_xlnet"  # by which it is known
+
+    def __init__(self, width: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o, self.r = (nn.Parameter(torch.randn(width, heads, size)) for _ in range(5))
+        self.r_w_bias = nn.Parameter(torch.randn(heads, size))
+        self.seg_embed = nn.Parameter(torch.randn(2, heads, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, r = (torch.einsum("bld,dhk->blhk", x, weight) for weight in (self.q, self.k, self.v, self.r))
+        scores = torch.einsum("blhk,bmhk->bhlm", q + self.r_w_bias, k + r + self.seg_embed[0]).softmax(-1)
+        return torch.einsum("bhlm,bmhk,dhk->bld", scores, v, self.o)
+
+
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
@@ -63,7 +145,9 @@ def norm_net(kind: type[nn.Module]) -> Any:
 @st.composite
 def _linear(draw: st.DrawFn) -> Case:
     into, out, lead = draw(sizes), draw(sizes), draw(st.lists(sizes, max_size=3))
-    layer = Conv1D(out, into) if draw(st.booleans()) else nn.Linear(into, out, bias=draw(st.booleans()))
+    kinds: list[Any] = [nn.Linear, FalconLinear]
+    kind = draw(st.sampled_from([*kinds, Conv1D]))
+    layer = Conv1D(out, into) if kind is Conv1D else kind(into, out, bias=draw(st.booleans()))
     return Case(layer, (randn(*lead, into),))
 
 
@@ -110,11 +194,13 @@ def _conv_transpose(draw: st.DrawFn) -> Case:
 @st.composite
 def _embedding(draw: st.DrawFn) -> Case:
     words = draw(st.integers(2, 6))
-    layer = nn.Embedding(
+    kinds: list[Any] = [nn.Embedding, ScaledWordEmbedding, partial(ScaledWordEmbedding, buffer=True)]
+    kind = draw(st.sampled_from(kinds))
+    layer = kind(
         words,
         draw(sizes),
         padding_idx=draw(st.sampled_from([None, 0, words - 1])),
-        max_norm=draw(st.sampled_from([None, 0.5])),
+        max_norm=draw(st.sampled_from([None, 0.5])) if kind is nn.Embedding else None,  # it writes to its weight
         scale_grad_by_freq=draw(st.booleans()),
     )
     with torch.no_grad():
@@ -244,6 +330,9 @@ def _models() -> dict[str, Any]:
         "lstm cell": (nn.LSTMCell(4, 3), randn(2, 4)),
         "embedding bag": (nn.EmbeddingBag(5, 3, mode="mean"), torch.randint(5, (4, 2))),
         "matrices": (Matrices(), randn(5, 3)),
+        "experts": (Mixture(), randn(*x)),
+        "experts, transposed": (Mixture(transposed=True), randn(*x)),
+        "relative attention": (XLNetRelativeAttention(4, 2, 3), randn(*x)),
         "tied": (Tied(), torch.randint(5, (2, 3))),
         "residual": (Residual(), randn(3, 4)),
         "a module used twice": (shared_layer(), randn(2, 4)),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from cases import Conv1D
+from cases import Conv1D, MixtralExperts, XLNetRelativeAttention
 from plain import combined, opened, plain_loop
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -59,8 +59,16 @@ def tensors_of(params: fe.EnsembleParams) -> dict[str, Tensor]:
     return {**params.shared, **params.stacked}
 
 
-def materialise(module: nn.Module, weight: Tensor, r: Tensor, s: Tensor) -> Tensor:
+def materialise(module: nn.Module, weight: Tensor, r: Tensor, s: Tensor, leaf: str = "weight") -> Tensor:
     """`W * (r s^T)` for a weight of `module`: which r and which s belong to each (axis 0, axis 1), one at a time."""
+    if isinstance(module, MixtralExperts):
+        first, second = (s, r) if module.is_transposed else (r, s)
+        parts = zip(weight, first.chunk(len(weight)), second.chunk(len(weight)), strict=True)
+        return torch.stack([W * torch.outer(a, b) for W, a, b in parts])
+    if isinstance(module, XLNetRelativeAttention):
+        width, heads, size = weight.shape
+        inside, outside = (s, r) if leaf == "o" else (r, s)  # by head and size; by place in the model
+        return torch.stack([weight[i] * outside[i] * inside.view(heads, size) for i in range(width)])
     groups = getattr(module, "groups", 1)
     rows, columns = weight.shape[:2]
     outputs, inputs = [], []
@@ -81,8 +89,14 @@ def materialise(module: nn.Module, weight: Tensor, r: Tensor, s: Tensor) -> Tens
     return weight * scale.reshape(rows, columns, *[1] * (weight.ndim - 2))
 
 
-def merge(module: nn.Module, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def merge(module: nn.Module, weight: Tensor, A: Tensor, B: Tensor, leaf: str = "weight") -> Tensor:
     """`W + B A` for a weight of `module`: axis 0 is the output, and the others the input; or the other way round."""
+    if isinstance(module, MixtralExperts):
+        n = len(weight)
+        own = [(B @ a).T for a in A.chunk(n, 1)] if module.is_transposed else [b @ A for b in B.chunk(n)]
+        return weight + torch.stack(own)
+    if isinstance(module, XLNetRelativeAttention):
+        return weight + (B @ A if leaf == "o" else (B @ A).T).view(weight.shape)
     if isinstance(module, _ConvTransposeNd | nn.Embedding | nn.EmbeddingBag | Conv1D):
         return weight + torch.einsum("ki,ok->io", A, B).reshape(weight.shape)
     return weight + torch.einsum("ok,ki->oi", B, A).reshape(weight.shape)
@@ -95,11 +109,12 @@ def member_weights(model: nn.Module, params: fe.EnsembleParams, i: int) -> dict[
     weights = {}
     for name, _ in model.named_parameters():
         weights[name] = tensors[name]
-        owner = model.get_submodule(name.rpartition(".")[0])
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
         if f"{name}_lora_A" in tensors:
-            weights[name] = merge(owner, weights[name], tensors[f"{name}_lora_A"], tensors[f"{name}_lora_B"])
+            weights[name] = merge(owner, weights[name], tensors[f"{name}_lora_A"], tensors[f"{name}_lora_B"], leaf)
         if f"{name}_r" in tensors:
-            weights[name] = materialise(owner, weights[name], tensors[f"{name}_r"], tensors[f"{name}_s"])
+            weights[name] = materialise(owner, weights[name], tensors[f"{name}_r"], tensors[f"{name}_s"], leaf)
     return weights
 
 

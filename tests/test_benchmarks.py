@@ -13,6 +13,7 @@ from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
+import model_coverage
 import operator_sweep
 import pytest
 import quality
@@ -25,6 +26,7 @@ from oracle import compiler
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
+from zoo import cases
 
 import functorch_ens as fe
 
@@ -115,6 +117,20 @@ def test_the_table_and_the_json(tmp_path: Path) -> None:
     totals = answer.stdout.splitlines()[-1].split()
     assert totals[:7] == ["written", "2", "8", "4", "4", "0", "0"]
     assert "second (Linear) has backward hooks" in answer.stdout
+    assert (
+        models["written/mlp"]["BatchEnsemble eval"]["fast"] == models["written/mlp"]["BatchEnsemble eval"]["rank-1"] > 0
+    )
+
+
+def test_families_of_a_package_that_is_not_there_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(cases("transformers")) > 33  # their names need no package
+    monkeypatch.setattr(model_coverage, "is_installed", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["model_coverage.py", "--family", "transformers"])
+    with pytest.raises(SystemExit):
+        model_coverage.main()
+    assert "pip install transformers" in capsys.readouterr().err
 
 
 def test_a_loop_of_the_users_own(tmp_path: Path) -> None:

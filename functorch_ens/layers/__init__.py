@@ -3,6 +3,6 @@
 Importing this package imports those files, and each adds its rows to `registry`.
 """
 
-from functorch_ens.layers import attention, conv, embedding, linear, norm, other, recurrent
+from functorch_ens.layers import attention, conv, embedding, experts, linear, norm, other, recurrent
 
-__all__ = ["attention", "conv", "embedding", "linear", "norm", "other", "recurrent"]
+__all__ = ["attention", "conv", "embedding", "experts", "linear", "norm", "other", "recurrent"]

@@ -1,4 +1,4 @@
-"""MultiheadAttention, and the inference fast path of TransformerEncoderLayer."""
+"""MultiheadAttention, the inference fast path of TransformerEncoderLayer, and relative attention of transformers."""
 
 from __future__ import annotations
 
@@ -104,3 +104,13 @@ register(
 )
 # The inference fast path has no derivative. The layer takes it only for an activation that it knows, and 0 is none.
 register(nn.TransformerEncoderLayer, attributes={"activation_relu_or_gelu": 0})
+# Weights [model, heads, size] of transformers, which is not imported for them. XLNet's o maps the heads to the model.
+_TO_HEADS, _FROM_HEADS = Layout(transposed=True, axes=(1, 2)), Layout(axes=(1, 2))
+register(
+    "transformers.models.xlnet.modeling_xlnet.XLNetRelativeAttention",
+    layout=lambda layer: {**dict.fromkeys("qkvr", _TO_HEADS), "o": _FROM_HEADS},
+)
+register(
+    "transformers.models.funnel.modeling_funnel.FunnelRelMultiheadAttention",
+    layout=lambda layer: {"r_kernel": _TO_HEADS},
+)

@@ -58,15 +58,27 @@ def _rule(layer: nn.Embedding, input: Tensor, *, weight: Rank1) -> Tensor:
     return rows
 
 
+def _rule_scaled(layer: Any, input_ids: Tensor, *, weight: Rank1) -> Tensor:
+    rows = _rule(layer, input_ids, weight=weight)
+    scale = layer.embed_scale
+    return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+
+
+def _has_plain_rows(layer: Any) -> bool:
+    """Whether the rows are those of the weight: `max_norm` shortens them, and the other divides their gradients."""
+    return layer.max_norm is None and not layer.scale_grad_by_freq
+
+
 register(
     nn.Embedding,
     layout=lambda layer: Layout(transposed=True),
     pure={"forward": _pure},
     attributes={"sparse": False},  # the gradient of a stack is dense: torch has no sparse one
     rule=_rule,
-    # With max_norm the effective rows are shortened; with the other, their gradients are divided by the number of uses.
-    when=lambda layer: layer.max_norm is None and not layer.scale_grad_by_freq,
+    when=_has_plain_rows,
 )
+# The vocabularies of Gemma, BART and others in transformers are multiplied by a number.
+register("transformers.models.*ScaledWordEmbedding", rule=_rule_scaled, when=_has_plain_rows)
 register(
     nn.EmbeddingBag,
     layout=lambda layer: Layout(transposed=True),

@@ -26,5 +26,7 @@ def _rule_conv1d(layer: Any, x: Tensor, *, weight: Rank1) -> Tensor:
 
 register(nn.Linear, layout=lambda layer: Layout(), pure={"forward": _pure}, rule=_rule)
 register(nn.Bilinear, layout=lambda layer: Layout())
+# Falcon's layer writes its product as x @ W.T.
+register("transformers.models.falcon.modeling_falcon.FalconLinear", pure={"forward": _pure}, rule=_rule)
 # The layer of GPT-2 is a Linear whose weight is [in, out]; transformers is not imported for it.
 register("transformers.pytorch_utils.Conv1D", layout=lambda layer: Layout(transposed=True), rule=_rule_conv1d)

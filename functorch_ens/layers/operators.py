@@ -112,8 +112,7 @@ def scaled(x: Tensor, weight: Tensor, s: Tensor, layout: Layout, side: str) -> t
     """The input `[..., in, *spatial]` of a layer and its weight, one of them times `s`; their product is the same."""
     if not _is_choice(x, s):
         return _times(x, s, weight.ndim - 2), weight
-    groups, transposed = layout
-    return torch.ops.functorch_ens.scaled(x, weight, s, groups, transposed, side)
+    return torch.ops.functorch_ens.scaled(x, weight, s, layout.groups, layout.transposed, side)
 
 
 def _scaled(x: Tensor, weight: Tensor, s: Tensor, groups: int, transposed: bool, side: str) -> tuple[Tensor, Tensor]:

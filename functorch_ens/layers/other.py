@@ -22,7 +22,13 @@ def _pure_stochastic_depth(layer: Any, input: Tensor) -> Tensor:
     return input * (noise / survival if survival > 0.0 else noise)
 
 
+def _pure_bloom_gelu(layer: nn.Module, x: Tensor) -> Tensor:
+    """BLOOM's GELU (by tanh) as operators, of which torch knows the gradient; it is an old autograd.Function there."""
+    return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x * x * x)))
+
+
 register(nn.RReLU, obstacle="aten::rrelu, which vmap has no rule for")
 register(nn.CrossMapLRN2d, obstacle="an autograd.Function that torch.func cannot follow")
 register(nn.AdaptiveLogSoftmaxWithLoss, obstacle="operations that depend on the values of its target")
+register("transformers.models.bloom.modeling_bloom.BloomGelu", pure={"forward": _pure_bloom_gelu})
 register("torchvision.ops.stochastic_depth.StochasticDepth", pure={"forward": _pure_stochastic_depth})

@@ -19,11 +19,12 @@ from functorch_ens import _torch
 from functorch_ens.anatomy import (
     Anatomy,
     Layout,
+    Layouts,
     check_layer_types,
-    class_keys,
     layout_of,
     member_names,
     register_layout,
+    rows_of,
 )
 from functorch_ens.checks import check_bool, check_callable
 from functorch_ens.layers.weight import member_weight
@@ -56,20 +57,20 @@ class Kind:
     """What the layer calls that vmap cannot serve."""
 
 
-_kinds: dict[type[nn.Module] | str, Kind] = {}  # a str is the full name of a class that is not imported here
+_kinds: dict[type[nn.Module] | str, Kind] = {}  # a str: a pattern of full names of classes that are not imported
 
 
 def register(
     *layer_types: type[nn.Module] | str,
     base: type[nn.Module] | None = None,
-    layout: Callable[[Any], Layout] | None = None,
+    layout: Callable[[Any], Layouts] | None = None,
     pure: Mapping[str, Callable[..., Any]] | None = None,
     attributes: Mapping[str, Any] | None = None,
     rule: Callable[..., Any] | None = None,
     when: Callable[[Any], bool] = lambda layer: True,
     obstacle: str | None = None,
 ) -> None:
-    """Add the row of one kind of layer: the classes `layer_types`, given themselves or by their full names.
+    """Add the row of one kind of layer: the classes `layer_types`, given themselves or by patterns of their full names.
 
     `base`, a common base of them, extends the `layout` to its other subclasses. The fast `rule` serves the layers for
     which `when(layer)` is true, as in `rank1_rule`, and low-rank weights too.
@@ -140,18 +141,15 @@ def _served(rule: Callable[..., Any]) -> frozenset[str]:
 # Look-ups
 
 
-def _rows(layer: nn.Module) -> list[tuple[type, Kind]]:
-    """The rows of `layer`: of its class and of the bases of that, the nearest first."""
-    classes = [cls for cls in type(layer).__mro__ for _ in range(2)]
-    return [(cls, _kinds[key]) for cls, key in zip(classes, class_keys(layer), strict=True) if key in _kinds]
-
-
 def rule_of(layer: nn.Module) -> Rule | None:
     """The fast rule for `layer`; None where there is none, or where the layer computes otherwise than its rule."""
-    rows = _rows(layer)
+    rows = rows_of(layer, _kinds)
     # A subclass or an instance that overrides one of these computes something else than the registered class.
     methods = {"forward"}.union(*(kind.pure for _, kind in rows))
-    rules = {cls: kind.rule for cls, kind in rows}
+    rules: dict[type, Rule] = {}
+    for cls, kind in rows:
+        if kind.rule:
+            rules.setdefault(cls, kind.rule)  # that of the class itself comes before that of a pattern
     if not methods.isdisjoint(vars(layer)):
         return None
     for cls in type(layer).__mro__:
@@ -168,16 +166,21 @@ def rule_for(layer: nn.Module, layouts: Mapping[str, Layout]) -> Rule | None:
     A rule reads a weight in the layout of its own layer. A weight tied to a layer that reads it the other way round,
     such as an embedding, is turned for it.
     """
-    found, own = rule_of(layer), layout_of(layer)
-    readable = (own, own.turned) if own.groups == 1 else (own,)
-    return found if found and all(layouts.get(leaf) in readable for leaf in found.weights) else None
+    found = rule_of(layer)
+    if found is None:
+        return None
+    for leaf in found.weights:
+        own = layout_of(layer, leaf)
+        if layouts.get(leaf) not in ((own, own.turned) if own.groups == 1 else (own,)):
+            return None
+    return found
 
 
 def obstacle(anatomy: Anatomy) -> str | None:
     """The first module of the model that vmap cannot serve, and why; None where none is known."""
     for name, module in anatomy.modules.items():
         where = f"{name or 'the model'} ({type(module).__name__})"
-        for _, kind in _rows(module):
+        for _, kind in rows_of(module, _kinds):
             if kind.obstacle:
                 return f"{where} calls {kind.obstacle}"
         if _torch.has_backward_hooks(module):
@@ -216,7 +219,7 @@ def specialise(copy: Any, layer: nn.Module, layouts: Mapping[str, Layout], side:
     """
     rule = None if side == "weight" else rule_for(layer, layouts)
     cls: Any = type(copy)
-    rows = _rows(copy)
+    rows = rows_of(copy, _kinds)
     pure = tuple((name, new) for base, kind in rows for name, new in kind.pure.items() if _defines(base, copy, name))
     for _, kind in reversed(rows):
         for name, value in kind.attributes.items():
@@ -224,7 +227,8 @@ def specialise(copy: Any, layer: nn.Module, layouts: Mapping[str, Layout], side:
     for leaf in layouts:
         _torch.parameters_of(copy).update(dict.fromkeys(member_names(leaf)))
     if pure or layouts:
-        copy.__class__ = _specialised(cls, pure, tuple(layouts.items()), rule, layout_of(layer), side)
+        read_as = tuple((leaf, layout_of(layer, leaf)) for leaf in layouts)
+        copy.__class__ = _specialised(cls, pure, tuple(layouts.items()), rule, read_as, side)
 
 
 def _defines(cls: type, layer: nn.Module, method: str) -> bool:
@@ -251,12 +255,13 @@ def _subclass(
     pure: tuple[tuple[str, Callable[..., Any]], ...],
     layouts: tuple[tuple[str, Layout], ...],
     rule: Rule | None,
-    read_as: Layout,
+    read_as: tuple[tuple[str, Layout], ...],
     side: str,
 ) -> type[nn.Module]:
     """A subclass of `cls` with the methods `pure`, whose weights in `layouts` are the effective ones of a member."""
     methods = dict(pure)
     plain = methods.get("forward", cls.forward)
+    own_layouts = dict(read_as)
 
     def effective(leaf: str, layout: Layout) -> property:
         def read(self: nn.Module) -> Tensor | None:
@@ -270,7 +275,7 @@ def _subclass(
         assert rule is not None
         own = _torch.parameters_of(self)
         found = {leaf: member_weight(own, leaf, layout, side) for leaf, layout in layouts}
-        weights = {leaf: weight.read_as(read_as) for leaf, weight in found.items() if weight is not None}
+        weights = {leaf: weight.read_as(own_layouts[leaf]) for leaf, weight in found.items() if weight is not None}
         if not rule.serves(weights.keys(), any(weight.A is not None for weight in weights.values())):
             return plain(self, *args, **kwargs)
         return rule.forward(self, *args, **weights, **kwargs)

@@ -44,15 +44,24 @@ class Rank1(NamedTuple):
             return None
         return self.A.to(self.weight.dtype), self.B.to(self.weight.dtype)
 
+    def _spatial(self) -> int:
+        """The number of axes after output and input; TypeError where one of the two has several, as in a stack."""
+        if self.layout.axes != (1, 1):
+            raise TypeError(
+                f"rule: a weight {list(self.weight.shape)} of {self.layout} is no weight [out, in, ...], which "
+                "scale_input, scale_output, linear, apply and chunk are for; use materialise()"
+            )
+        return self.layout.spatial(self.weight)
+
     def scale_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The input `x` `[..., in, *spatial]` and the shared weight, one of the two times `s`, as `side` says.
 
         An `x` of another number of channels comes back as it is: `x * s` could broadcast it, and the layer would not
         raise the error that it has for such an input.
         """
+        spatial = self._spatial()
         if self.s is None:
             return x, self.weight
-        spatial = self.weight.ndim - 2
         channels = x.ndim - 1 - spatial
         if channels < 0 or x.shape[channels] != self.s.shape[0]:
             return x, self.weight
@@ -62,7 +71,7 @@ class Rank1(NamedTuple):
 
     def scale_output(self, y: Tensor, bias: Tensor | None = None) -> Tensor:
         """The output `y` `[..., out, *spatial]` times `r`, plus `bias` `[out]`, in the dtype of `y` (autocast)."""
-        spatial = self.weight.ndim - 2
+        spatial = self._spatial()
         if self.r is not None:
             y = y * by_channel(self.r, spatial).to(y.dtype)
         return y if bias is None else y + by_channel(bias, spatial).to(y.dtype)
@@ -83,8 +92,8 @@ class Rank1(NamedTuple):
 
         `s` is multiplied into `A`, which is the member's own and small; scaling an `x` that members share copies it.
         """
-        groups, transposed = self.layout
-        spatial = self.weight.ndim - 2
+        groups, transposed = self.layout.groups, self.layout.transposed
+        spatial = self._spatial()
         s = None if self.s is None else self.s.to(A.dtype)
         if transposed:
             A = A if s is None else A * s
@@ -107,6 +116,7 @@ class Rank1(NamedTuple):
 
     def chunk(self, parts: int) -> list[Rank1]:
         """The weight cut along its output into equal `parts`, which share `s` and `A`."""
+        self._spatial()
         rows = self.weight.chunk(parts)
         r = [None] * parts if self.r is None else self.r.chunk(parts)
         B = [None] * parts if self.B is None else self.B.chunk(parts)
@@ -129,7 +139,7 @@ class Rank1(NamedTuple):
             weight = weight + self.layout.low_rank(*factors, weight)
         if self.r is None or self.s is None:
             return weight
-        return self.layout.multiplied(weight, r=self.r, s=self.s, spatial=weight.ndim - 2)
+        return self.layout.multiplied(weight, r=self.r, s=self.s, spatial=self.layout.spatial(weight))
 
 
 def member_weight(tensors: Mapping[str, Tensor | None], name: str, layout: Layout, side: str = "auto") -> Rank1 | None:

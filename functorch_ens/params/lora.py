@@ -50,7 +50,8 @@ def lora_params(
         layers: the modules whose weights get `A`, `B`, chosen as in `batchensemble_params`. None: the same weights.
         stacked: the parameters of which every member trains a whole copy (a new head), as in `ensemble_params`.
         init: the start of `A`: `"uniform"`, U(-b, b) with b = 1 / sqrt(in); `"normal"`, N(0, 1 / in); or a callable
-            (name, shape, generator) -> tensor. In an embedding, which sums nothing, 1 stands for `in`.
+            (name, shape, generator) -> tensor. `in` is that of one group or expert. In an embedding, which sums
+            nothing, 1 stands for it.
         generator: the source of randomness; None draws one number from torch's global one.
 
     Returns: new tensors in the model's dtype, on its device. `stacked` is trained, `shared` is frozen.
@@ -94,7 +95,9 @@ def lora_params(
     for name, (into, out) in sides.items():
         A, B = lora_names(name)
         sums_nothing = isinstance(anatomy.sites[name][0].module, nn.Embedding | nn.EmbeddingBag) or not into
-        start = _start(init, A, (E, rank, into), 1 if sums_nothing else into, own[name], source)
+        layout = anatomy.layouts[name]
+        terms = into // layout.groups if layout.transposed else into  # each group sums its own part of `in`
+        start = _start(init, A, (E, rank, into), 1 if sums_nothing else terms, own[name], source)
         if start.numel() and not start.any():
             raise ValueError(f"init: {A} starts at 0, as B does, and so both would be 0 for ever")
         factors[A] = (scale * start).to(own[name])

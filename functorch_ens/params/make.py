@@ -128,7 +128,8 @@ def batchensemble_params(
         bias: `"shared"`, or `"stacked"`: own biases in the layers that have `r` and `s`, from the same start.
         use_base_weights: start from the model's own parameters; False draws fresh ones, as `ensemble_params` does.
         layers: the modules whose weights get `r` and `s`: a name pattern (`"net.*"`), a list of them, or a predicate
-            on (name, module). None: Linear, Conv, ConvTranspose, Bilinear, Embedding, attention, RNNs, bare matrices.
+            on (name, module). None: Linear, Conv, ConvTranspose, Bilinear, Embedding, attention, RNNs, experts of
+            transformers, layers of a registered layout, bare matrices.
         stacked: the parameters of which every member has a whole copy, chosen as in `ensemble_params`. None: none.
         generator: the source of randomness; None draws one number from torch's global one.
 

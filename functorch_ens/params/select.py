@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
-from functorch_ens.anatomy import Anatomy, Site, can_be_rank1, has_layout
+from functorch_ens.anatomy import Anatomy, Site, can_be_rank1, layouts_in
 from functorch_ens.checks import check_callable, shown
 from functorch_ens.layers.norm import NORMS
 from functorch_ens.layers.registry import rule_of
@@ -103,7 +103,10 @@ def _is_rank1_by_default(site: Site) -> bool:
     parameter = site.parameter
     if not can_be_rank1(parameter) or isinstance(site.module, NORMS):
         return False
-    if has_layout(site.module) and "weight" in site.leaf:
+    layouts = layouts_in(site.module)
+    if isinstance(layouts, Mapping) and site.leaf not in layouts:
+        return False
+    if layouts is not None and (isinstance(layouts, Mapping) or "weight" in site.leaf):
         return True
     found = rule_of(site.module)
     if found is not None and site.leaf in found.weights:

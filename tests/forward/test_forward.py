@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from oracle import assert_same, assert_untouched, both_kinds, compile_whole, gradients, loop, snapshot
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value
+from torch.utils import _pytree as pytree
 from zoo_written import Residual
 
 import functorch_ens as fe
@@ -158,6 +159,70 @@ def test_dataclasses_go_in_and_come_out(strategy: str, chunk: int | None) -> Non
     assert slope.grad is not None and torch.equal(slope, x[0])
     own = fe.make_forward(model, strategy=strategy, chunk_size=chunk, member_inputs=True)
     assert own(params, _Batch(x)).y.shape == (3, 4, 2) and torch.equal(x, before)
+
+
+class _Cache:
+    """What a decoder remembers: a container of its own kind, which the decoder writes to."""
+
+    def __init__(self, keys: list[Tensor]) -> None:
+        self.keys = keys
+
+    def extended(self, layer: int, key: Tensor) -> Tensor:
+        if layer == len(self.keys):
+            self.keys.append(key)
+        else:
+            self.keys[layer] = torch.cat([self.keys[layer], key], 1)
+        return self.keys[layer]
+
+
+class _TwoCaches:
+    """A container of containers, as an encoder with a decoder has it."""
+
+    def __init__(self, own: _Cache, other: _Cache) -> None:
+        self.own, self.other = own, other
+
+
+pytree.register_pytree_node(_Cache, lambda cache: (list(cache.keys), None), lambda keys, _: _Cache(list(keys)))
+pytree.register_pytree_node(
+    _TwoCaches, lambda both: ([both.own, both.other], None), lambda parts, _: _TwoCaches(*parts)
+)
+
+
+class _Decoder(nn.Module):
+    """Every place sees those before it; `cache` has what came earlier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x: Tensor, cache: _TwoCaches | None = None) -> dict[str, Any]:
+        cache = _TwoCaches(_Cache([]), _Cache([x.mean(1, keepdim=True)])) if cache is None else cache
+        for i, layer in enumerate(self.layers):
+            seen = cache.own.extended(i, layer(x)).cumsum(1)[:, -x.shape[1] :]
+            x = torch.tanh(x + seen + cache.other.keys[0])
+        return {"y": x, "cache": cache}
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("kind", ["classic", "BatchEnsemble"])
+def test_a_cache_that_pytrees_know_goes_out_and_in(strategy: str, chunk: int | None, kind: str) -> None:
+    model, x = _Decoder().double(), randn(2, 5, 3)
+    params = both_kinds(model, 3)[kind == "BatchEnsemble"]
+    whole = loop(model, params, x)
+    forward = fe.make_forward(model, strategy=strategy, chunk_size=chunk)
+    assert_same(forward(params, x), whole)
+    assert_same(gradients(forward, params, x), gradients(partial(loop, model), params, x))
+
+    first = forward(params, x[:, :3], cache=_TwoCaches(_Cache([]), _Cache([x.mean(1, keepdim=True)])))
+    cache = first["cache"]
+    assert isinstance(cache, _TwoCaches) and isinstance(cache.own, _Cache)
+    assert [key.shape for key in cache.own.keys] == [(3, 2, 3, 3)] * 2 and cache.other.keys[0].shape == (3, 2, 1, 3)
+    more = fe.make_forward(model, strategy=strategy, chunk_size=chunk, member_inputs=True)
+    rest = more(params, x[None, :, 3:].expand(3, -1, -1, -1), cache=cache)
+    assert_same(torch.cat([first["y"], rest["y"]], 2), whole["y"])
+    assert_same(rest["cache"].own.keys, whole["cache"].own.keys)
+    assert [key.shape for key in cache.own.keys] == [(3, 2, 3, 3)] * 2  # what was given is as it was
 
 
 def test_an_output_number_that_differs_between_members_is_an_error() -> None:

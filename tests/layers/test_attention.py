@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import members, randn
+from cases import XLNetRelativeAttention, members, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_same, both_kinds, compile_whole, gradients, loop
+from oracle import assert_same, both_kinds, compile_whole, gradients, loop, low_rank
 from torch import Tensor, nn
 
 import functorch_ens as fe
@@ -75,3 +75,21 @@ def test_a_transformer_in_eval_mode_has_a_gradient_also_compiled() -> None:
     step = torch.func.grad(lambda params: forward(params, x).square().sum())
     with torch.no_grad():
         assert_same(compile_whole(step)(params), step(params))
+
+
+def test_relative_attention_has_r_and_s_over_the_model_and_over_the_heads() -> None:
+    model, x = XLNetRelativeAttention(4, 2, 3).double(), randn(2, 5, 4)
+    params = fe.batchensemble_params(model, 3)
+    sizes = {name: stack.shape[1] for name, stack in params.stacked.items()}
+    assert sizes == {
+        **{f"{name}_r": 6 for name in "qkvr"},
+        **{f"{name}_s": 4 for name in "qkvr"},
+        **{"o_r": 4, "o_s": 6},
+    }
+    r, s = params.stacked["q_r"].view(3, 1, 2, 3), params.stacked["q_s"].view(3, 4, 1, 1)
+    assert_same(fe.member_params(model, params, 2)["q"], model.q * r[2] * s[2])
+    for params in (*both_kinds(model, 3), low_rank(model, 3, 2, False), low_rank(model, 3, 2, True)):
+        for strategy in ("vmap", "loop"):
+            forward = fe.make_forward(model, strategy=strategy)
+            assert_same(forward(params, x), loop(model, params, x))
+            assert_same(gradients(forward, params, x), gradients(partial(loop, model), params, x))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MODELS, Case, fast_layers, members, model_case, randn
+from cases import MODELS, Case, ScaledWordEmbedding, fast_layers, members, model_case, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import TOLERANCE, assert_same, both_kinds, gradients, loop, low_rank
@@ -258,6 +258,21 @@ def test_a_subclass_with_its_own_forward_is_not_served_by_its_parents_rule() -> 
     assert rule_of(patched) is None
 
 
+def test_a_users_rule_comes_before_that_of_a_pattern_of_names() -> None:
+    class Mine(ScaledWordEmbedding):
+        __module__ = "transformers.models.mine"
+        __qualname__ = "MineScaledWordEmbedding"
+
+    assert rule_of(Mine(3, 2)) == rule_of(ScaledWordEmbedding(3, 2)) is not None
+
+    @fe.rank1_rule(Mine)
+    def mine(layer: Mine, x: Tensor, *, weight: fe.Rank1) -> Tensor:
+        return layer.embed_scale * F.embedding(x, weight.materialise())
+
+    found = rule_of(Mine(3, 2))
+    assert found is not None and found.forward is mine
+
+
 @pytest.mark.parametrize("wrong", [3, "Linear", dict])
 def test_a_rule_for_what_is_no_module_is_an_error(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"layer_types: expected subclasses of torch\.nn\.Module"):
@@ -310,12 +325,17 @@ def test_every_kind_of_layer_is_one_row_in_one_file() -> None:
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and ast.unparse(call.func) == "register":
                 for given in call.args:
-                    for kind in re.findall(r"[\w.]+", ast.unparse(given)):
+                    names = [str(given.value)] if isinstance(given, ast.Constant) else []
+                    for kind in names or re.findall(r"[\w.]+", ast.unparse(given)):
                         rows.setdefault(kind, []).append(path.stem)
     assert {"nn.Linear", "nn.Conv2d", "nn.LSTMCell", "nn.RReLU"} < rows.keys()
     assert all(len(places) == 1 for places in rows.values()), rows
     files = {file for places in rows.values() for file in places}
-    assert files == {"attention", "conv", "embedding", "linear", "norm", "other", "recurrent"} == set(layers.__all__)
+    assert (
+        files
+        == {"attention", "conv", "embedding", "experts", "linear", "norm", "other", "recurrent"}
+        == set(layers.__all__)
+    )
     for key, row in registry._kinds.items():
         functions = [*row.pure.values(), *([] if row.rule is None else [row.rule.forward])]
         if isinstance(key, type) and key in anatomy._layouts:

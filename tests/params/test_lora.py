@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MODELS, model_case, randn, small_net, source
+from cases import MODELS, MixtralExperts, model_case, randn, small_net, source
 from oracle import assert_same, assert_untouched, compiler, loop, low_rank, member_weights, snapshot, tensors_of
 from plain import with_weights
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ def test_names_shapes_and_kinds(name: str) -> None:
     assert set(params.stacked) == {f"{weight}_lora_{each}" for weight in weights for each in "AB"}
     for weight in weights:
         A, B = params.stacked[f"{weight}_lora_A"], params.stacked[f"{weight}_lora_B"]
-        first, rest = len(own[weight]), own[weight].numel() // len(own[weight])
+        first = own[weight].shape[:2].numel() if weight.startswith("experts") else len(own[weight])
+        rest = own[weight].numel() // first
         assert A.shape[:2] == (3, 1) and B.shape[::2] == (3, 1) and {A.shape[2], B.shape[1]} == {first, rest}
         assert A.abs().min() > 0 and not B.any() and not torch.equal(A[0], A[1])
     for tensor in params.stacked.values():
@@ -98,6 +99,12 @@ def test_the_inits(init: str, spread: float) -> None:
         A = fe.lora_params(layer.double(), 5, init=init, generator=source()).stacked["weight_lora_A"].detach()
         assert abs(A.std().item() * terms**0.5 / spread - 1) < 0.02 and abs(A.mean().item()) < 0.02 * terms**-0.5
         assert bool(A.abs().max() * terms**0.5 <= 1) is (init == "uniform")
+
+
+def test_each_expert_sums_its_own_inputs() -> None:
+    model = MixtralExperts(4, 100, 50, transposed=True).double()  # [4, in, out]
+    A = fe.lora_params(model, 5, init="normal", generator=source()).stacked["up_proj_lora_A"].detach()
+    assert A.shape == (5, 8, 400) and abs(A.std().item() * 100**0.5 - 1) < 0.02
 
 
 def test_an_init_of_the_users_own() -> None:
