@@ -10,6 +10,7 @@ two forwards are told apart.
 from __future__ import annotations
 
 import builtins
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -25,6 +26,8 @@ PACKAGES = frozenset(("builtins", "collections", "contextlib", "einops", "functo
 
 OURS = __name__.partition(".")[0]
 
+_COPIES = itertools.count()
+
 Filter = Callable[[Sequence[Any]], Sequence[bool]]
 
 
@@ -32,12 +35,14 @@ def with_own_code(method: Callable[..., Any]) -> MethodType:
     """`method` with a copy of its code.
 
     Dynamo caches what it compiles per code object, and finds the right entry by the guards. Without the dropped guards
-    it could not tell two objects apart, so each has code of its own.
+    it could not tell two objects apart, so each has code of its own. It remembers by file, line and name of the code
+    which sizes have changed, and takes these for symbols. So the copy has a name of its own too: else the batch size of
+    one step would make that of the next one a symbol.
     """
     bound: Any = method
     function: FunctionType = bound.__func__
     own = FunctionType(
-        function.__code__.replace(),
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_COPIES)}"),
         function.__globals__,
         function.__name__,
         function.__defaults__,

@@ -47,13 +47,13 @@ def _pure(layer: Any, input: Tensor) -> Tensor:
 
 
 def _update(layer: Any, mean: Tensor, var: Tensor) -> None:
-    """Move the running statistics towards those of a batch, as torch does."""
+    """Move the running statistics towards those of a batch, in place, as torch does."""
     if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked = layer.num_batches_tracked + 1
+        layer.num_batches_tracked.add_(1)
     share = 1.0 / layer.num_batches_tracked.to(mean.dtype) if layer.momentum is None else layer.momentum
-    for name, value in (("running_mean", mean), ("running_var", var)):
-        if (running := getattr(layer, name)) is not None:
-            setattr(layer, name, running + (value.to(running.dtype) - running) * share)
+    for running, value in ((layer.running_mean, mean), (layer.running_var, var)):
+        if running is not None:
+            running.add_((value.to(running.dtype) - running) * share)
 
 
 @torch.no_grad()

@@ -156,9 +156,8 @@ def _times(x: Tensor, s: Tensor, spatial: int) -> Tensor:
 
 
 def by_channel(vector: Tensor, spatial: int) -> Tensor:
-    """`[..., channels]`, followed by `spatial` axes of size 1."""
-    # Without spatial axes, nothing is to be done. Dynamo would trace all of einops to find that out.
-    return rearrange(vector, "... c -> ... c" + " 1" * spatial) if spatial else vector
+    """`[..., channels]`, followed by `spatial` axes of size 1; not by einops, all of which Dynamo would trace."""
+    return vector[(..., *[None] * spatial)] if spatial else vector
 
 
 def _define(schema: str, one_member: Any, members: Any) -> None:

@@ -227,8 +227,9 @@ def specialise(copy: Any, layer: nn.Module, layouts: Mapping[str, Layout], side:
     for leaf in layouts:
         _torch.parameters_of(copy).update(dict.fromkeys(member_names(leaf)))
     if pure or layouts:
-        read_as = tuple((leaf, layout_of(layer, leaf)) for leaf in layouts)
-        copy.__class__ = _specialised(cls, pure, tuple(layouts.items()), rule, read_as, side)
+        read_as = {leaf: layout_of(layer, leaf) for leaf in layouts}
+        turned = tuple((leaf, own) for leaf, own in read_as.items() if own != layouts[leaf])
+        copy.__class__ = _specialised(cls, pure, tuple(layouts.items()), rule, turned, side)
 
 
 def _defines(cls: type, layer: nn.Module, method: str) -> bool:
@@ -255,13 +256,15 @@ def _subclass(
     pure: tuple[tuple[str, Callable[..., Any]], ...],
     layouts: tuple[tuple[str, Layout], ...],
     rule: Rule | None,
-    read_as: tuple[tuple[str, Layout], ...],
+    turned: tuple[tuple[str, Layout], ...],
     side: str,
 ) -> type[nn.Module]:
-    """A subclass of `cls` with the methods `pure`, whose weights in `layouts` are the effective ones of a member."""
+    """A subclass of `cls` with the methods `pure`, whose weights in `layouts` are the effective ones of a member.
+
+    The rule reads those in `turned` by the layouts there: a tied weight may be another layer's the other way round.
+    """
     methods = dict(pure)
     plain = methods.get("forward", cls.forward)
-    own_layouts = dict(read_as)
 
     def effective(leaf: str, layout: Layout) -> property:
         def read(self: nn.Module) -> Tensor | None:
@@ -275,7 +278,10 @@ def _subclass(
         assert rule is not None
         own = _torch.parameters_of(self)
         found = {leaf: member_weight(own, leaf, layout, side) for leaf, layout in layouts}
-        weights = {leaf: weight.read_as(own_layouts[leaf]) for leaf, weight in found.items() if weight is not None}
+        weights = {leaf: weight for leaf, weight in found.items() if weight is not None}
+        for leaf, layout in turned:
+            if leaf in weights:
+                weights[leaf] = weights[leaf].read_as(layout)
         if not rule.serves(weights.keys(), any(weight.A is not None for weight in weights.values())):
             return plain(self, *args, **kwargs)
         return rule.forward(self, *args, **weights, **kwargs)

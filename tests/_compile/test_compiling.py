@@ -189,6 +189,24 @@ def test_the_extras_are_in_use(monkeypatch: pytest.MonkeyPatch, uncompiled: list
     assert uncompiled[1]["config_patches"]["max_autotune"] is True
 
 
+@pytest.mark.parametrize(("layers", "kept"), [(None, True), ("3", False)])
+def test_convolutions_of_members_keep_their_layout(
+    layers: str | None, kept: bool, uncompiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no member has anything of its own in a convolution, inductor chooses the layout."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    x, y = torch.randn(4, 1, 3, 3), torch.randint(3, (4,))
+    forward, params = fe.make_forward(model), fe.batchensemble_params(model, 3, layers=layers)
+    fe.compile(lambda params: forward(params, x))(params)
+    assert (uncompiled[0]["config_patches"].get(extras.LAYOUT) is False) is kept
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: given.append(options["options"]) or function)
+    optimizer = torch.optim.SGD(fe.param_groups(params, lr=0.1))
+    step = fe.make_train_step(forward, F.cross_entropy, optimizer)
+    step.gradients(params, x, y)
+    assert step.compiled_by == "functorch_ens" and (given[0].get(extras.LAYOUT) is False) is kept
+
+
 def test_it_takes_what_torch_compile_takes() -> None:
     model, x = _mlp(), torch.randn(7, 6).double()
     want = model(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from cases import norm_net, randn
 from oracle import assert_same, both_kinds, loop
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils._pytree import tree_leaves as leaves
 
 import functorch_ens as fe
 from functorch_ens.layers.norm import NORMS, RUNNING_NORM
@@ -51,6 +53,56 @@ def test_batch_norm_keeps_the_statistics_of_every_member(momentum: float | None,
     params, buffers = fe.ensemble_params(norm, 2), fe.ensemble_buffers(norm, 2)
     with pytest.raises(ValueError, match="expected 2D or 3D input"):
         fe.make_forward(norm, strategy=strategy)(params, randn(3), buffers=buffers)
+
+
+NORM_CASES = [
+    (nn.BatchNorm1d, (), {}),
+    (nn.BatchNorm1d, (7,), {"momentum": None}),
+    (nn.BatchNorm2d, (3, 4), {}),
+    (nn.BatchNorm2d, (3, 4), {"affine": False, "eps": 0.1}),
+    (nn.BatchNorm2d, (3, 4), {"momentum": 0.7, "eps": 1e-8}),
+    (nn.BatchNorm2d, (3, 4), {"track_running_stats": False}),
+    (nn.BatchNorm3d, (2, 3, 2), {"momentum": None, "affine": False}),
+]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("kind", "places", "options"), NORM_CASES)
+def test_compiled_batch_norm_equals_the_loop(kind: Any, places: tuple[int, ...], options: Any, training: bool) -> None:
+    """Compiled code has a BatchNorm of its own: outputs, gradients of all that is trained, and new statistics."""
+    model = nn.Sequential(nn.Linear(places[-1] if places else 3, places[-1] if places else 3), kind(3, **options))
+    model = model.double().train(training)
+    x = randn(5, 3, *places)
+    for params in both_kinds(model, 2):
+        forward, buffers = fe.make_forward(model, strategy="vmap"), fe.ensemble_buffers(model, 2)
+        found = []
+        for called in (torch.compile(forward, backend="aot_eager", fullgraph=True), partial(loop, model)):
+            out, new = called(params, x, buffers=buffers)
+            slopes = torch.autograd.grad(
+                (out * torch.linspace(-1, 2, out.numel()).reshape(out.shape)).sum(), leaves(params)
+            )
+            found.append((out, new, slopes))
+        assert_same(*found)
+
+
+def test_compiled_batch_norm_computes_its_statistics_in_float32() -> None:
+    norm, x = nn.BatchNorm2d(2).train(), (randn(4, 2, 9, 9) * 0.1 + 5).bfloat16()
+    params, buffers = fe.ensemble_params(norm, 2), fe.ensemble_buffers(norm, 2)
+    forward = fe.make_forward(norm)
+    got, new = torch.compile(forward, backend="eager", fullgraph=True)(params, x, buffers=buffers)
+    want, old = forward(params, x, buffers=buffers)
+    assert got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(new, old)
+
+
+def test_compiled_batch_norm_refuses_a_single_value() -> None:
+    norm = nn.BatchNorm1d(3).train()
+    params, buffers = fe.ensemble_params(norm, 2), fe.ensemble_buffers(norm, 2)
+    compiled = torch.compile(fe.make_forward(norm), backend="eager")
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        compiled(params, torch.ones(1, 3), buffers=buffers)
 
 
 def test_spectral_norm_equals_the_oracle_under_vmap() -> None:
