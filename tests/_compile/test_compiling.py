@@ -200,7 +200,12 @@ def test_convolutions_of_members_keep_their_layout(
     fe.compile(lambda params: forward(params, x))(params)
     assert (uncompiled[0]["config_patches"].get(extras.LAYOUT) is False) is kept
     given: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: given.append(options["options"]) or function)
+
+    def uncompiled_step(function: Any, **options: Any) -> Any:
+        given.append(options["options"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", uncompiled_step)
     optimizer = torch.optim.SGD(fe.param_groups(params, lr=0.1))
     step = fe.make_train_step(forward, F.cross_entropy, optimizer)
     step.gradients(params, x, y)

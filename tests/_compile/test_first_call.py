@@ -51,7 +51,7 @@ def test_no_size_is_a_symbol_because_another_step_had_another_size() -> None:
 
 @pytest.mark.compile
 def test_dynamo_traces_no_einops_in_a_forward_by_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """einops parses its pattern in Python: Dynamo would trace that for every layer, which takes longer than the layer."""
+    """einops parses its pattern in Python. Dynamo would trace that for every layer, at a higher cost than the layer."""
     import torch._dynamo.symbolic_convert as dynamo
 
     inlined: set[str] = set()
