@@ -4,7 +4,6 @@ from functorch_ens import metrics, plots
 from functorch_ens.anatomy import Layout, rank1_layout
 from functorch_ens.compiling import compile
 from functorch_ens.forward.forward import Forward, make_forward
-from functorch_ens.forward.predict import predict
 from functorch_ens.layers.registry import rank1_rule
 from functorch_ens.layers.weight import Rank1
 from functorch_ens.params.describe import Description, describe
@@ -12,6 +11,7 @@ from functorch_ens.params.lora import lora_params
 from functorch_ens.params.make import batchensemble_params, ensemble_buffers, ensemble_params
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.params.stack import member_params, stack_buffers, stack_params
+from functorch_ens.predicting import predict
 from functorch_ens.training.batches import bootstrap, index_batches
 from functorch_ens.training.checkpoint import load_checkpoint, save_checkpoint
 from functorch_ens.training.epochs import Fitted

@@ -100,6 +100,17 @@ def check_callable(
             ) from error
 
 
+def check_compile(compile: Any) -> None:
+    """TypeError if `compile` is neither True, False nor a dict of options that torch.compile has."""
+    if isinstance(compile, bool):
+        return
+    check_mapping(compile, "compile", "True, False or options of torch.compile")
+    try:
+        inspect.signature(torch.compile).bind(None, **compile)
+    except TypeError as error:
+        raise TypeError(f"compile: expected options of torch.compile, got {dict(compile)!r}: {error}") from error
+
+
 def check_generator(generator: Any) -> None:
     """TypeError if `generator` is neither None nor a `torch.Generator`."""
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -74,6 +74,7 @@ _REFUSED = {
     "model_coverage.py": (["--only", "nothing*"], ["--members", "0"], ["--factory", "nowhere:build"], ["--resume"]),
     "operator_sweep.py": (["--members", "0"], ["--json", "nowhere/at/all.json"]),
     "endurance.py": (["--only", "nothing"], ["--scale", "0"]),
+    "predict.py": (["--case", "nothing"], ["--rows", "0"], ["--json", "nowhere/at/all.json"]),
     "own_loop.py": (["--case", "nothing"], ["--threads", "0"], ["--json", "nowhere/at/all.json"]),
     **dict.fromkeys(_TIMED, (["--members", "0"], ["--batch-size", "many"], ["--json", "nowhere/at/all.json"])),
 }
@@ -93,6 +94,7 @@ def answers() -> list[Answer]:
         ("operator_sweep.py", "--samples"),
         ("endurance.py", "--scale"),
         ("own_loop.py", "--threads"),
+        ("predict.py", "--rows"),
         *((script, "--members") for script in _TIMED),
     ],
 )
@@ -140,6 +142,14 @@ def test_a_loop_of_the_users_own(tmp_path: Path) -> None:
     names = ["one network, E x B rows", "notebook's module", "torch.compile", "fe.compile", "make_train_step"]
     assert all(name in answer.stdout for name in names)
     assert all(len(times) == 1 for times in json.loads(out.read_text())["seconds"]["small-mlp"].values())
+
+
+def test_predictions_against_one_network(tmp_path: Path) -> None:
+    out = tmp_path / "predict.json"
+    answer = _run("--case", "small-mlp", "--rows", "2", "--rounds", "1", "--json", str(out), script="predict.py")
+    assert answer.returncode == 0, answer.stderr
+    times = json.loads(out.read_text())["seconds"]["small-mlp, 2 rows"]
+    assert len(times) == 6 and all(name in answer.stdout for name in times)
 
 
 def test_lora_against_merged_copies_and_one_network(tmp_path: Path) -> None:

@@ -417,6 +417,7 @@ _row(
     batch_size=("3",),
     prepare=(*_OPTIONAL, "~module"),
     progress=("None", "True"),
+    compile=("True",),
     params=_COMPLEX,
     buffers=_COMPLEX,
     inputs=("as one row less", *(f"~{kind}" for kind in (*_TENSORS, *_CHANGED))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -60,7 +61,12 @@ def compile_with_extras(
 
 
 def compile_function(function: Any, options: dict[str, Any]) -> Any:
-    """Any function or module of the user's, by torch.compile with its own `options` and with all extras that work."""
+    """Any function or module of the user's, by torch.compile with its own `options` and with all extras that work.
+
+    A bound method gets code of its own, as the methods of this package do that are compiled for every forward.
+    """
+    if isinstance(function, MethodType):
+        function = with_own_code(function)
     rest = dict(options)
     if (backend := rest.pop("backend", "inductor")) not in ("inductor", NAME):
         return torch.compile(function, **rest, backend=backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -88,6 +88,8 @@ class Forward:
     """Whether every tensor input has a leading member axis."""
     revision: int
     """How many times the user has changed the model (a constant, a hook, a submodule), and a call has noticed."""
+    compiled: dict[Hashable, Any]
+    """What `predict` has compiled of this forward."""
     identity: str
     """Another one for each forward and revision: compiled code is told by its guard which forward it was made of."""
 
@@ -106,6 +108,7 @@ class Forward:
         self._lock = threading.Lock()
         self.revision = 0
         self._told: set[str] = set()
+        self.compiled = {}
         self._build()
 
     def _build(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 from functorch_ens.checks import (
     check_bool,
     check_callable,
-    check_mapping,
+    check_compile,
     check_number,
     check_option,
     check_positive_int,
@@ -100,12 +99,7 @@ def make_train_step(
     check_option(clip_by, ("member", "ensemble"), "clip_by")
     check_bool(member_targets, "member_targets")
     check_option(autocast, (None, torch.bfloat16), "autocast")
-    if not isinstance(compile, bool):
-        check_mapping(compile, "compile", "True, False or options of torch.compile")
-        try:
-            inspect.signature(torch.compile).bind(None, **compile)
-        except TypeError as error:
-            raise TypeError(f"compile: expected options of torch.compile, got {dict(compile)!r}: {error}") from error
+    check_compile(compile)
     return TrainStep(
         Objective(forward, loss, reduction, prepare, autocast, member_targets),
         optimizer,

@@ -11,7 +11,7 @@ import torch
 from cases import randn
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_same
+from oracle import assert_same, both_kinds
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -250,3 +250,50 @@ def test_the_progress_bar(progress: bool | None, capfd: pytest.CaptureFixture[st
             assert "predict" in shown and (total is None or f"0/{total}" in shown)
         else:
             assert not shown
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", [0, 1])
+def test_compiled_batches_equal_eager_ones_and_are_compiled_once(kind: int) -> None:
+    """Five whole batches and a smaller one; a second call, of other parameters, compiles nothing."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 3)).double()
+    x, graphs = torch.randn(27, 6).double(), []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    forward, buffers = fe.make_forward(model), fe.ensemble_buffers(model, 3)
+    for params in (both_kinds(model, 3)[kind], both_kinds(model, 3)[kind]):
+        want = fe.predict(forward, params, x, buffers=buffers, batch_size=5)
+        got = fe.predict(forward, params, x, buffers=buffers, batch_size=5, compile={"backend": keep})
+        assert_same(got, want)
+        assert len(graphs) == 1
+    loader = [(rows, None) for rows in x.split(9)]
+    got = fe.predict(forward, params, loader, buffers=buffers, compile={"backend": "eager"})
+    assert_same(got, want)
+
+
+@pytest.mark.compile
+def test_compiled_code_that_is_wrong_or_fails_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 3)), torch.randn(20, 6)
+    params = fe.ensemble_params(model, 2)
+
+    def wrong(graph: Any, inputs: Any) -> Any:
+        return lambda *inputs: tuple(each + 1 for each in graph(*inputs))
+
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler today")
+
+    for backend, told in ((wrong, "differs from that of eager code"), (fails, "no compiler today")):
+        caplog.clear()
+        forward = fe.make_forward(model)
+        got = fe.predict(forward, params, x, batch_size=5, compile={"backend": backend})
+        torch.testing.assert_close(got, forward(params, x))
+        assert told in caplog.text and len([r for r in caplog.records if "does not use torch" in r.getMessage()]) == 1
+
+
+def test_compile_is_a_choice_or_options() -> None:
+    model = nn.Linear(6, 3)
+    with pytest.raises(TypeError, match="compile: expected True, False or options"):
+        fe.predict(fe.make_forward(model), fe.ensemble_params(model, 2), torch.ones(4, 6), compile=3)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,10 +12,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from functorch_ens._torch import pytree
-from functorch_ens.checks import advice, check_bool, check_callable, check_positive_int, check_tensor, shown
+from functorch_ens.checks import (
+    advice,
+    check_bool,
+    check_callable,
+    check_compile,
+    check_positive_int,
+    check_tensor,
+    first_line,
+    shown,
+)
+from functorch_ens.compiling import compile as compile_function
 from functorch_ens.forward.forward import Forward
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.trees import Form, cut_rows, length_of, take_apart
+
+log = logging.getLogger(__name__)
 
 
 def predict(
@@ -25,6 +38,7 @@ def predict(
     batch_size: int = 256,
     prepare: Callable[..., Any] | None = None,
     progress: bool | None = None,
+    compile: bool | Mapping[str, Any] = False,
     **kwargs: Any,
 ) -> Any:
     """Compute every member's output for all of `inputs`, in eval mode and without gradients, in batches.
@@ -44,6 +58,8 @@ def predict(
         batch_size: the number of rows of tensors that go through the model at once; a DataLoader has its own.
         prepare: `prepare(*batch)`, of all that is in the batch, returns the model's input, or a tuple of its inputs.
         progress: show a bar. None: at a terminal, once it has taken a second.
+        compile: True, or a dict of options for torch.compile: batches of the first one's size, if that is `batch_size`
+            or a loader's, are compiled. The code is kept for later calls. It is compared with eager code once.
         kwargs: keyword arguments of the model. A tensor with N rows, also in a dict or a tuple, is cut along with
             tensors (with `member_inputs=True` also one `[E, N, ...]`); all else is given with every batch.
 
@@ -55,6 +71,7 @@ def predict(
     size = check_positive_int(batch_size, "batch_size")
     if not isinstance(forward, Forward):
         raise TypeError(f"forward: expected the forward of an ensemble (from make_forward), got {shown(forward)}")
+    check_compile(compile)
     forward.refresh()
     if progress is not None:
         check_bool(progress, "progress", or_else="or None")
@@ -70,6 +87,7 @@ def predict(
     )
     count = length_of(inputs[0]) if are_batches else -(-len(take_apart(inputs)[0][0]) // size)
     hidden = {"disable": True} if progress is False else {"disable": None, "delay": 1} if progress is None else {}
+    call, whole = _called(forward, compile), None if are_batches else size
     work = tqdm(pieces, total=count, desc="predict", unit="batch", leave=False, **hidden)
     parts: list[list[Tensor]] = []
     forms: list[Form] = []
@@ -77,7 +95,9 @@ def predict(
         for rows, given, named in work:
             if forward.member_inputs:
                 given = _repeated(given, E)
-            output = forward.called(params, given, named, buffers, forward.modes(training=False))
+            whole = rows if whole is None else whole
+            compute = call if rows == whole else forward.called
+            output = compute(params, given, named, buffers, forward.modes(training=False))
             tensors, form = take_apart(output if buffers is None else output[0])
             strange = [list(tensor.shape) for tensor in tensors if tensor.shape[:2] != (E, rows)]
             if strange or (forms and form != forms[0]):
@@ -90,6 +110,63 @@ def predict(
     if not forms:
         raise ValueError("inputs: expected at least one batch, got none")
     return forms[0].rebuild(iter(torch.cat(each, 1) for each in zip(*parts, strict=True)))
+
+
+Call = Callable[..., Any]
+"""`Forward.called`, compiled or not."""
+
+
+def _called(forward: Forward, compile: Any) -> Call:
+    """`forward.called`; compiled where the user asks for it, and then the same for every call of `predict`."""
+    if compile is False:
+        return forward.called
+    options = {} if compile is True else dict(compile)
+    key = forward.identity, repr(sorted(options.items()))
+    if key not in forward.compiled:
+        forward.compiled.clear()  # of an older revision, or of other options: compiled code is large
+        forward.compiled[key] = _Checked(forward.called, options)
+    return forward.compiled[key]
+
+
+class _Checked:
+    """A compiled function that is in use if its first result is that of eager code, which the first call returns."""
+
+    def __init__(self, eager: Call, options: Mapping[str, Any]) -> None:
+        self._eager = eager
+        self._compiled: Call | None = compile_function(eager, **options)
+        self._is_known = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._compiled is None:
+            return self._eager(*arguments)
+        if self._is_known:
+            return self._compiled(*arguments)
+        want = self._eager(*arguments)
+        self._is_known = True
+        try:
+            differs = _difference(self._compiled(*arguments), want)
+        except (MemoryError, TimeoutError, ConnectionError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the compiler's, for eager code has just computed this
+            differs = first_line(getattr(error, "inner_exception", error))
+        if differs:
+            log.warning("predict does not use torch.compile here: %s", differs)
+            self._compiled = None
+        return want
+
+
+def _difference(got: Any, want: Any) -> str:
+    """What of a compiled output is no rounding of the eager one; "" where nothing is."""
+    (mine, form), (theirs, other) = take_apart(got), take_apart(want)
+    if form != other or [x.shape for x in mine] != [x.shape for x in theirs]:
+        return "the compiled output has another form"
+    for one, two in zip(mine, theirs, strict=True):
+        bound = 1e-3 if one.dtype in (torch.float32, torch.float64) else 5e-2
+        if one.dtype != two.dtype or not torch.allclose(
+            one.double(), two.double(), rtol=bound, atol=bound * float(two.abs().amax()), equal_nan=True
+        ):
+            return f"an output of the compiled code differs from that of eager code by more than {bound:g}"
+    return ""
 
 
 _NOT_BATCHES = (Tensor, Mapping, str, bytes, EnsembleParams, nn.Module)
