@@ -34,7 +34,7 @@ def calls(case: Case, rows: int, device: torch.device, dtype: torch.dtype) -> di
     forward, members = fe.make_forward(model), [case.make().to(device).eval() for _ in range(E)]
     compiled, tiled = torch.compile(model), x.repeat(E, *[1] * len(case.shape))
     predict = partial(fe.predict, forward, params, x, buffers=buffers, batch_size=rows, progress=False)
-    every = {
+    every: dict[str, Call] = {
         ONE: lambda: model(x),
         f"{ONE}, compiled": lambda: compiled(x),
         f"{ROWS}, compiled": lambda: compiled(tiled),
