@@ -38,7 +38,7 @@ class MeasuredChunks:
         """For each kind of call, the bytes of a member, and those that a chunk may take."""
 
     def size(self, plan: Plan, call: Call) -> int | None:
-        """How many members of `call` to compute at a time: equal parts, as few as fit. None: all."""
+        """How many members of `call` to compute at a time. None: all."""
         members, E = call.members, call.E
         device = next(iter(members.stacked.values())).device
         if device.type not in ("cpu", "cuda") or (plan.one_by_one and device.type == "cpu"):
@@ -51,10 +51,18 @@ class MeasuredChunks:
             gradients = sum(stack.nbytes // E for stack in members.stacked.values())
             self._most[kind] = gradients + _written(plan, call), _budget(device)
         one, budget = self._most[kind]
-        parts = -(-E // max(1, budget // max(one, 1)))
-        size = -(-E // min(parts, E))
+        size = _even(E, max(1, budget // max(one, 1)))
         self.reason = f"one takes {one / 2**20:.3g} MiB, and a chunk on {device.type} may take {budget / 2**20:.4g} MiB"
         return size if size < E else None
+
+
+def _even(E: int, most: int) -> int:
+    """The size of equal parts of E members: parts of one size share a compiled graph. Else of parts as equal as can be.
+
+    Equal parts are taken where they are at least half as large as they may be.
+    """
+    divisors = [size for size in range(1, min(most, E) + 1) if E % size == 0]
+    return divisors[-1] if 2 * divisors[-1] >= min(most, E) else -(-E // -(-E // most))
 
 
 def _budget(device: torch.device) -> int:
@@ -96,7 +104,7 @@ class _Writes(TorchDispatchMode):
 
 
 def _has_memory(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 def _address(tensor: Tensor) -> int:
