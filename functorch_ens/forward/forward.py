@@ -247,7 +247,7 @@ class Forward:
             plan = self.compiled_plan(params)
             if not self._known.takes_any_size and _torch.has_symbolic_sizes(call.members.inputs):
                 plan = plan.for_any_size()
-            if self._measured is not None and not whole:
+            if not whole and self._measured is not None:
                 plan = plan.of_size(self.chunk_size)  # as an eager call has chosen it
             return call.result(run(call, plan))
         self.check_kinds(params, buffers)
@@ -349,7 +349,7 @@ class Forward:
         size = self._measured.size(plan, call)
         with self._lock:
             self.chunk_size = size
-            told = f"{call.E if size is None else size} members at a time"
+            told = f"{call.E if size is None else size} of {call.E} members at a time"
             if told not in self._told:
                 self._told.add(told)
                 log.info("%s: %s: %s", self._anatomy.kind, told, self._measured.reason)
