@@ -172,9 +172,9 @@ def measured(
             left_out[name] = before["left_out"][name]
         elif before is not None and name in before["seconds"]:
             work = point.E * point.B * point.width / (before["E"] * before["B"] * before["width"])
-            seconds = Spread.of(before["seconds"][name]).median
+            took = Spread.of(before["seconds"][name]).median
             # Small steps cost what their calls cost, which does not grow with rows and widths.
-            expected = seconds * work if name == LOOP and case.grows == "E" else min(seconds, 1) * work / 4
+            expected = took * work if name == LOOP and case.grows == "E" else took * work / 4
             if expected > args.seconds:
                 left_out[name] = f"a step would take about {expected:.0f} s"
     names = [name for name in (LOOP, ROWS, CLASSIC, BATCH) if name not in left_out]

@@ -26,6 +26,7 @@ from oracle import compiler
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
+from vmap_vs_be import CLASSIC
 
 import functorch_ens as fe
 
@@ -265,7 +266,7 @@ def test_growth(tmp_path: Path) -> None:
 
 
 def test_costs_that_rise_are_told() -> None:
-    names = (growth.CLASSIC, growth.AUTO[growth.CLASSIC])
+    names = (CLASSIC, growth.AUTO[CLASSIC])
 
     def point(E: int, *costs: float) -> dict[str, Any]:
         return {
@@ -279,7 +280,7 @@ def test_costs_that_rise_are_told() -> None:
     [line] = growth.rises("members", points)
     assert "E = 64" in line and "1.50 of the lowest" in line and "8 at a time" in line and "1.10 (0.73 round" in line
     large = growth.Point(64, 32, 4096)
-    assert growth.estimated(growth.CASES["widths"], large)[growth.CLASSIC] == pytest.approx(64 * 0.343, rel=0.01)
+    assert growth.estimated(growth.CASES["widths"], large)[CLASSIC] == pytest.approx(64 * 0.343, rel=0.01)
 
 
 @pytest.mark.compile
