@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         new = measured(case, point, setting, args, smaller[-1] if smaller else None)
         points.append(new)
         points.sort(key=lambda p: Point(p["E"], p["B"], p["width"]))
-        options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        options = {key: value for key, value in vars(args).items() if key not in ("json", "png")}
         write_json({"machine": where, "settings": options, "points": found}, args.json)
         with tqdm.external_write_mode():
             print(f"{name}: {case.title}, {case.grows} = {size:,}\n\n{table(new)}\n", flush=True)
