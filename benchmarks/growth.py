@@ -1,7 +1,7 @@
 """Time and memory per member and per row, as the members, the rows and the widths of an ensemble grow.
 
-    python benchmarks/growth.py                            all cases; 20 minutes on two busy cores
-    python benchmarks/growth.py --quick                    one small case, up to 16 members; a minute
+    python benchmarks/growth.py                            all cases, 20 points; up to a minute each
+    python benchmarks/growth.py --quick                    one small case, up to 16 members
     python benchmarks/growth.py --case members --max-members 1024
     python benchmarks/growth.py --resume                   go on with the points that are not yet in the JSON file
 
