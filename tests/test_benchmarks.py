@@ -252,7 +252,8 @@ def test_growth(tmp_path: Path) -> None:
     answer = _run(*options, script="growth.py", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.json", "growth.png"]
-    assert Image.open(tmp_path / "growth.png").width == 800
+    with Image.open(tmp_path / "growth.png") as picture:
+        assert picture.width == 800
     points = json.loads((tmp_path / "growth.json").read_text())["points"]["members"]
     assert [point["E"] for point in points] == [1, 4]
     for point in points:
