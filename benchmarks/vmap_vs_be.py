@@ -188,10 +188,11 @@ def of_library(
     y: Tensor,
     setting: Setting,
     compile: Mapping[str, Any] | None = None,
+    chunk_size: int | str | None = None,
 ) -> Contender:
     """Train an ensemble by this library, on a copy of `params`."""
     params = fe.EnsembleParams(*({k: v.detach().clone().requires_grad_() for k, v in part.items()} for part in params))
-    forward = fe.make_forward(model)
+    forward = fe.make_forward(model, chunk_size=chunk_size)
     optimizer = torch.optim.Adam(tree_leaves(params), lr=1e-3)
     options = False if compile is None else compile
     autocast = None if setting.dtype == torch.float32 else setting.dtype

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 
-def check_positive_int(value: Any, argument: str) -> int:
-    """Return `value` as an int. TypeError if it is not an integer, ValueError if it is below 1."""
+def check_positive_int(value: Any, argument: str, or_else: str = "") -> int:
+    """Return `value` as an int. TypeError if it is not an integer, ValueError if it is below 1.
+
+    `or_else` names other accepted values.
+    """
+    expected = f"a positive int{or_else and f', {or_else}'}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{argument}: expected a positive int, got {shown(value)}")
+        raise TypeError(f"{argument}: expected {expected}, got {shown(value)}")
     if value < 1:
-        raise ValueError(f"{argument}: expected a positive int, got {value!r}")
+        raise ValueError(f"{argument}: expected {expected}, got {value!r}")
     return int(value)
 
 

@@ -312,15 +312,15 @@ class Parts:
 
 
 @contextmanager
-def drawing_apart(tensors: Any) -> Iterator[None]:
+def drawing_apart(tensors: Any, hand_back: bool = True) -> Iterator[None]:
     """Draw from copies of the global generators, for the devices of `tensors`; these go on from there afterwards.
 
-    After an error they are as they were before, without being set.
+    With `hand_back=False`, or after an error, they are as they were before, without being set.
     """
     start = RandomState.of(tensors)
     with Drawing(start) as drawing:
         yield
-    if drawing.drew:
+    if drawing.drew and hand_back:
         drawing.hand_back()
 
 

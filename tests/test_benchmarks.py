@@ -13,6 +13,7 @@ from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
+import growth
 import model_coverage
 import operator_sweep
 import pytest
@@ -26,6 +27,7 @@ from oracle import compiler
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
+from vmap_vs_be import CLASSIC
 from zoo import cases
 
 import functorch_ens as fe
@@ -69,12 +71,14 @@ def _run(*options: str, script: str = "model_coverage.py", cwd: Path | None = No
     return subprocess.run([sys.executable, BENCHMARKS / script, *options], capture_output=True, text=True, cwd=cwd)
 
 
+_GROWTH = (["--max-members", "0"], ["--case", "nothing"], ["--json", "nowhere/at/all.json"])
 _TIMED = ("vmap_vs_be.py", "notebook_job.py", "quality.py", "lora.py")
 _REFUSED = {
     "model_coverage.py": (["--only", "nothing*"], ["--members", "0"], ["--factory", "nowhere:build"], ["--resume"]),
     "operator_sweep.py": (["--members", "0"], ["--json", "nowhere/at/all.json"]),
     "endurance.py": (["--only", "nothing"], ["--scale", "0"]),
     "predict.py": (["--case", "nothing"], ["--rows", "0"], ["--json", "nowhere/at/all.json"]),
+    "growth.py": _GROWTH,
     "own_loop.py": (["--case", "nothing"], ["--threads", "0"], ["--json", "nowhere/at/all.json"]),
     **dict.fromkeys(_TIMED, (["--members", "0"], ["--batch-size", "many"], ["--json", "nowhere/at/all.json"])),
 }
@@ -95,6 +99,7 @@ def answers() -> list[Answer]:
         ("endurance.py", "--scale"),
         ("own_loop.py", "--threads"),
         ("predict.py", "--rows"),
+        ("growth.py", "--max-members"),
         *((script, "--members") for script in _TIMED),
     ],
 )
@@ -265,6 +270,44 @@ def test_vmap_vs_be(tmp_path: Path) -> None:
         assert all(len(times) == 2 and min(times) > 0 for times in found[name]["seconds"].values())
     ruler, *lines = answer.stdout.split("\n\n")[2].splitlines()[1:]
     assert len({len(line) for line in (ruler, *lines)}) == 1, "the table lines up"
+
+
+@pytest.mark.compile
+def test_growth(tmp_path: Path) -> None:
+    options = ("--case", "members", "--max-members", "4", "--rounds", "1")
+    answer = _run(*options, script="growth.py", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.json", "growth.png"]
+    with Image.open(tmp_path / "growth.png") as picture:
+        assert picture.width == 800
+    points = json.loads((tmp_path / "growth.json").read_text())["points"]["members"]
+    assert [point["E"] for point in points] == [1, 4]
+    for point in points:
+        assert len(point["seconds"]) == len(point["memory"]) == 4 and not point["left_out"]
+        assert point["chunk_size"] == {"classic, compiled": None, "BatchEnsemble, compiled": None}
+        assert all(len(times) == 1 and times[0] > 0 for times in point["seconds"].values())
+    ruler, *lines = answer.stdout.split("\n\n")[1].splitlines()[1:6]
+    assert len({len(line) for line in (ruler, *lines)}) == 1, "the table lines up"
+    again = _run(*options, "--resume", "--memory", "1", script="growth.py", cwd=tmp_path)
+    assert again.returncode == 0 and "step ms" not in again.stdout, "nothing is measured twice"
+
+
+def test_costs_that_rise_are_told() -> None:
+    names = (CLASSIC, growth.AUTO[CLASSIC])
+
+    def point(E: int, *costs: float) -> dict[str, Any]:
+        return {
+            "E": E,
+            "B": 1,
+            "seconds": {n: [E * c] for n, c in zip(names, costs, strict=False)},
+            "chunk_size": {names[0]: 8},
+        }
+
+    points = [point(1, 9.0), point(4, 2.0), point(16, 2.4), point(64, 3.0, 2.2)]
+    [line] = growth.rises("members", points)
+    assert "E = 64" in line and "1.50 of the lowest" in line and "8 at a time" in line and "1.10 (0.73 round" in line
+    large = growth.Point(64, 32, 4096)
+    assert growth.estimated(growth.CASES["widths"], large)[CLASSIC] == pytest.approx(64 * 0.343, rel=0.01)
 
 
 @pytest.mark.compile

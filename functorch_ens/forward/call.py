@@ -150,6 +150,10 @@ class Call:
         flags = tuple(x.requires_grad for x in tensors)
         return torch.is_grad_enabled(), self.modes, flags, shapes, constants
 
+    def begin_apart(self, notes: Notes | None) -> None:
+        """Make this copy of a call one whose members leave nothing behind in the call itself."""
+        self.notes, self._begun = notes, {}
+
     def end(self) -> None:
         """After a call: the generators of the model go on, and calls like it go without a watch that found nothing."""
         self._known.templates.generators = self._left

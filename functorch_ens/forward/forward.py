@@ -16,6 +16,7 @@ from functorch_ens import _torch
 from functorch_ens.anatomy import Anatomy, member_names
 from functorch_ens.checks import check_bool, check_option, check_positive_int, first_line
 from functorch_ens.forward.call import Call, Keywords, Known, update_lost
+from functorch_ens.forward.chunks import MeasuredChunks
 from functorch_ens.forward.failures import VmapCannot, interrupt_in, is_of_vmap, is_transient
 from functorch_ens.forward.plans import STRATEGIES, Plan, plans_for
 from functorch_ens.forward.run import run
@@ -39,7 +40,7 @@ def make_forward(
     model: nn.Module,
     *,
     strategy: str = "auto",
-    chunk_size: int | None = None,
+    chunk_size: int | str | None = None,
     randomness: str = "different",
     member_inputs: bool = False,
     rank1_side: str = "auto",
@@ -57,6 +58,7 @@ def make_forward(
         strategy: `"vmap"` computes all members at once, `"loop"` one after another; `"auto"` takes vmap, or the loop
             where vmap cannot serve the model. The choice is logged, and is `forward.strategy` and `forward.reason`.
         chunk_size: compute so many members at once; None is all. Backward recomputes each chunk, to save memory.
+            `"auto"` chooses by the memory of one member, and `forward.chunk_size` and `forward.reason` tell the size.
         randomness: `"different"` random numbers (dropout) for every member, the `"same"`, or `"error"` where any are.
         member_inputs: False gives every input `[B, ...]` to all members; True gives member i `[i]` of `[E, B, ...]`.
         rank1_side: multiply `s` into a layer's input (`"activation"`), its `"weight"`, or (`"auto"`) the cheaper one.
@@ -74,16 +76,16 @@ def make_forward(
     check_option(randomness, ("different", "same", "error"), "randomness")
     check_bool(member_inputs, "member_inputs")
     check_option(rank1_side, SIDES, "rank1_side")
-    if chunk_size is not None:
-        chunk_size = check_positive_int(chunk_size, "chunk_size")
+    if not (chunk_size is None or (isinstance(chunk_size, str) and chunk_size == "auto")):
+        chunk_size = check_positive_int(chunk_size, "chunk_size", or_else="None or 'auto'")
     return Forward(model, strategy, chunk_size, randomness, member_inputs, rank1_side)
 
 
 class Forward:
     """What `make_forward` returns: call it as `forward(params, *args, buffers=None, **kwargs)`."""
 
-    reason: str
-    """Why its plan is the one in use."""
+    chunk_size: int | None
+    """How many members it computes at once; None: all. With `chunk_size="auto"`, the size that it has chosen last."""
     member_inputs: bool
     """Whether every tensor input has a leading member axis."""
     revision: int
@@ -97,7 +99,7 @@ class Forward:
         self,
         model: nn.Module,
         strategy: str,
-        chunk_size: int | None,
+        chunk_size: int | str | None,
         randomness: str,
         member_inputs: bool,
         rank1_side: str,
@@ -130,10 +132,12 @@ class Forward:
         self._may_be_wrong = may_be_wrong(anatomy.modules.values())
         self._has_computed = False
         found = obstacle(anatomy)
-        self._plans = plans_for(strategy, randomness, chunk_size, found)
+        self._measured = MeasuredChunks() if isinstance(chunk_size, str) else None
+        self.chunk_size = None if isinstance(chunk_size, str) else chunk_size
+        self._plans = plans_for(strategy, randomness, self.chunk_size, found)
         self._use(found or self.plan.reason("") if self._is_free else "it was asked for", logging.INFO)
 
-    def _outside(self, model: nn.Module, chunk_size: int | None) -> list[Generator]:
+    def _outside(self, model: nn.Module, chunk_size: int | str | None) -> list[Generator]:
         """The generators that a backward pass sets back, and that are not in attributes; only chunks need them."""
         found = [] if chunk_size is None else list(held(model, by_code=True))
         self._tell_of_iterators(
@@ -199,6 +203,11 @@ class Forward:
         return self.plan.strategy
 
     @property
+    def reason(self) -> str:
+        """Why its plan is the one in use, and with `chunk_size="auto"` why its size is."""
+        return "; ".join(filter(None, [self._reason, "" if self._measured is None else self._measured.reason]))
+
+    @property
     def made(self) -> list[object]:
         """The objects that this forward has made and never changes, so that Dynamo need guard `identity` alone."""
         return [*self._anatomy.facts, self._convolutions, *self._known.templates.traced.made]
@@ -226,8 +235,13 @@ class Forward:
         kwargs: dict[str, Any],
         buffers: Mapping[str, Tensor] | None,
         modes: Modes,
+        *,
+        whole: bool = False,
     ) -> Any:
-        """The same, with the modules in the given training modes, whatever those of the model are now."""
+        """The same, with the modules in the given training modes, whatever those of the model are now.
+
+        `whole`: these members are a chunk, which the caller has cut where `chunk_size="auto"` says so.
+        """
         E = self.check(params, buffers, modes)
         call = Call(self._known, modes, E, params, buffers, args, kwargs, self.member_inputs)
         if call.is_traced:
@@ -236,15 +250,17 @@ class Forward:
             plan = self.compiled_plan(params)
             if not self._known.takes_any_size and _torch.has_symbolic_sizes(call.members.inputs):
                 plan = plan.for_any_size()
+            if not whole and self._measured is not None:
+                plan = plan.of_size(self.chunk_size)  # as an eager call has chosen it
             return call.result(run(call, plan))
         self.check_kinds(params, buffers)
         layers = _torch.layers_in_force()
         try:
-            return self._compute(call)
+            return self._compute(call, whole)
         except NameError as error:
             if not _torch.wait_for_traces(error):
                 raise
-            return self._compute(call)
+            return self._compute(call, whole)
         except KeyboardInterrupt:
             _torch.leave_layers_beyond(layers)
             raise
@@ -305,7 +321,49 @@ class Forward:
         stacked = {name for each in params for name in each.stacked}
         return any(name in stacked or not stacked.isdisjoint(member_names(name)) for name in self._convolutions)
 
-    def _compute(self, call: Call) -> Any:
+    @property
+    def chooses_size(self) -> bool:
+        """Whether it has `chunk_size="auto"`."""
+        return self._measured is not None
+
+    def choose_size(
+        self,
+        params: EnsembleParams,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        buffers: Mapping[str, Tensor] | None,
+        modes: Modes,
+    ) -> int | None:
+        """How many members to compute at a time in this call, by `chunk_size="auto"`; None: all.
+
+        Nothing is chosen where no plan can compute two members: the call itself then says why.
+        """
+        E = self.check(params, buffers, modes)
+        call = Call(self._known, modes, E, params, buffers, args, kwargs, self.member_inputs)
+        for plan in self._plans:
+            try:
+                return self._sized(plan, call).chunk_size
+            except Exception as error:
+                if interrupt := interrupt_in(error):
+                    raise interrupt from None
+        return None
+
+    def _sized(self, plan: Plan, call: Call) -> Plan:
+        """`plan`, for as many members at a time as `chunk_size="auto"` chooses. Two members are not parted."""
+        if self._measured is None or call.E <= 2:
+            return plan
+        if _torch.inside_transform():  # what is measured there is the transform too
+            return plan.of_size(self.chunk_size)
+        size = self._measured.size(plan, call)
+        with self._lock:
+            self.chunk_size = size
+            told = f"{call.E if size is None else size} of {call.E} members at a time"
+            if told not in self._told:
+                self._told.add(told)
+                log.info("%s: %s: %s", self._anatomy.kind, told, self._measured.reason)
+        return plan.of_size(size)
+
+    def _compute(self, call: Call, whole: bool) -> Any:
         """The result by the first plan that works, which is then the plan in use."""
         plans = self._plans
         if plans[0].strategy == "vmap" and _torch.every_module_has_backward_hooks():
@@ -320,6 +378,7 @@ class Forward:
             if isinstance(failure, VmapCannot) and plan.strategy == "vmap":
                 continue
             try:
+                plan = plan if whole else self._sized(plan, call)
                 # A watched call may be tried again: then it draws the same numbers.
                 with nullcontext() if call.notes is None else drawing_apart(tensors):
                     result = call.result(run(call, plan))
@@ -366,8 +425,8 @@ class Forward:
         return f"{found[-1][0]} ({type(found[-1][1]).__name__})" if found else self._anatomy.kind
 
     def _use(self, reason: str, level: int) -> None:
-        self.reason = reason
-        log.log(level, "%s: strategy %r: %s", self._anatomy.kind, self.strategy, reason)
+        self._reason = reason
+        log.log(level, "%s: strategy %r: %s", self._anatomy.kind, self.strategy, self._reason)
 
     def _check_constants(self) -> None:
         """RuntimeError where a number of the model has changed; where one changes later, Dynamo compiles anew."""

@@ -49,6 +49,10 @@ class Plan(ABC):
         """How many of E members a train step computes at a time: all, where parts would draw other random numbers."""
         return min(self.chunk_size or E, E) if self.randomness == "different" else E
 
+    def of_size(self, chunk_size: int | None) -> Plan:
+        """This plan, for so many members at a time."""
+        return type(self)(self.randomness, chunk_size, self.probe)
+
     def for_own_convolutions(self) -> Plan:
         """The plan to compile on a CPU if convolution weights are stacked."""
         return self

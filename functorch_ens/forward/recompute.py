@@ -66,7 +66,7 @@ def recomputed(
 
     @contextmanager
     def again() -> Iterator[None]:
-        with Drawing(before), casts(), replay(), _from(drew):
+        with Drawing(before), casts(), replay(), going_on_from(drew):
             yield
 
     outputs = _Recomputed.apply(first_time, flat, again, lambda: constant, *leaves)
@@ -133,8 +133,8 @@ class _Recomputed(torch.autograd.Function):
 
 
 @contextmanager
-def _from(states: list[tuple[Generator, Any]]) -> Iterator[None]:
-    """These generators begin at their states, and go on afterwards from where they were."""
+def going_on_from(states: list[tuple[Generator, Any]]) -> Iterator[None]:
+    """These generators begin at these states, and go on afterwards from where they were."""
     now = [each.read() for each, _ in states]
     for each, state in states:
         each.write(state)

@@ -21,6 +21,7 @@ from functorch_ens.forward.call import check_member_axis
 from functorch_ens.forward.forward import Forward
 from functorch_ens.forward.template import Modes
 from functorch_ens.params.pytree import EnsembleParams
+from functorch_ens.rng import drawing_apart
 from functorch_ens.training.losses import Loss, MemberLosses
 from functorch_ens.training.optim import with_strides_of
 from functorch_ens.trees import cut_rows, members, take_apart
@@ -195,18 +196,33 @@ class Objective:
 
     def total(self, E: int, work: Work, prepared: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The summed (or averaged) losses, the losses `[E]` and the new buffers."""
-        trained, fixed, buffers, values, batch, kwargs, modes = work
-        *inputs, target = batch if prepared else self.prepared(batch)
-        if len(inputs) == 1 and isinstance(inputs[0], Mapping) and self._keywords.take(inputs[0], kwargs):
-            inputs, kwargs = [], {**kwargs, **inputs[0]}
-        params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
+        params, inputs, kwargs, target = self._arguments(work, prepared)
+        buffers = work.buffers
         with self._precision(params.stacked.values()):
-            outputs = self.forward.called(params, tuple(inputs), kwargs, buffers, modes)
+            outputs = self.forward.called(params, inputs, kwargs, buffers, work.modes, whole=True)
             outputs, new = (outputs, {}) if buffers is None else outputs
             if self._autocast is not None:  # torch's autocast does this for losses, but not inside vmap
                 outputs = pytree.tree_map_only(Tensor, lambda x: x.float() if x.dtype == self._autocast else x, outputs)
-            losses = self.losses(outputs, target, member_targets=self.member_targets, values=values)
+            losses = self.losses(outputs, target, member_targets=self.member_targets, values=work.values)
         return losses.sum() if self._reduction == "sum" else losses.sum() / E, losses, new
+
+    @torch.no_grad()
+    def choose_size(self, work: Work) -> int | None:
+        """How many members to compute at a time, by the forward's `chunk_size="auto"`; `prepare` is called for it."""
+        tensors = [*work.trained.stacked.values(), *work.fixed.stacked.values()]
+        with drawing_apart(tensors, hand_back=False):
+            params, inputs, kwargs, _ = self._arguments(work, prepared=False)
+        with self._precision(tensors):
+            return self.forward.choose_size(params, inputs, kwargs, work.buffers, work.modes)
+
+    def _arguments(self, work: Work, prepared: bool) -> tuple[EnsembleParams, tuple[Any, ...], dict[str, Any], Any]:
+        """The parameters, the inputs and keyword arguments of the forward, and the target."""
+        trained, fixed, kwargs = work.trained, work.fixed, work.kwargs
+        *inputs, target = work.batch if prepared else self.prepared(work.batch)
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping) and self._keywords.take(inputs[0], kwargs):
+            inputs, kwargs = [], {**kwargs, **inputs[0]}
+        params = EnsembleParams({**fixed.shared, **trained.shared}, {**fixed.stacked, **trained.stacked})
+        return params, tuple(inputs), kwargs, target
 
     @property
     def prepares(self) -> bool:

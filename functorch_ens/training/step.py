@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, overload
 
 import torch
@@ -36,6 +36,7 @@ from functorch_ens.training.gradients import (
 from functorch_ens.training.losses import EXPECTED, Loss, check_values
 from functorch_ens.training.optim import Finder, Trained, check_groups
 from functorch_ens.training.update import Update, can_be_parted
+from functorch_ens.trees import take_apart
 
 
 def make_train_step(
@@ -145,10 +146,12 @@ class TrainStep:
         self._revision = self.forward.revision
         self._trained = Finder(optimizer)
         self._scratch: dict[str, Tensor] = {}
+        self._sizes: dict[Hashable, int | None] = {}
+        """By kind of batch, the members at a time that the forward has chosen."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the step as it was made. Its optimiser has the tensors of `params`: pickle both together."""
-        return {**vars(self), "_compiled": None, "_trained": Finder(self.optimizer), "_scratch": {}}
+        return {**vars(self), "_compiled": None, "_trained": Finder(self.optimizer), "_scratch": {}, "_sizes": {}}
 
     @property
     def forward(self) -> Forward:
@@ -237,9 +240,9 @@ class TrainStep:
     @torch.no_grad()  # torch.func computes the gradients, so autograd must record nothing
     def _gradients(self, params: EnsembleParams, work: Work, scratch: dict[str, Tensor]) -> Gradients:
         """The gradients of all members for the whole batch, clipped; `scratch` holds memory for them."""
-        size = _plan(self, params).at_a_time(params.E)
 
         def of_all(work: Work) -> Gradients:
+            size = _at_a_time(self, params, work)
             if size >= params.E:
                 return self._compute(params.E, work, False)
             return collected(by_parts(self._compute, self._objective, params, work, size), work, scratch)
@@ -279,7 +282,7 @@ class TrainStep:
     ) -> Work:
         self.forward.refresh()
         if self.forward.revision != self._revision:
-            self._compiled, self._revision = None, self.forward.revision
+            self._compiled, self._revision, self._sizes = None, self.forward.revision, {}
         trained = self._trained(params)
         values = check_values(self._values, params.E)
         return Work(trained.params, trained.fixed, buffers, values, batch, kwargs, modes or self.forward.modes())
@@ -317,11 +320,11 @@ def advance(
     `modes` says which modules are in training mode; None: as the model says now. `look` is called with the losses of
     members before these are updated. Members that it adds to `step.stopped` are not updated.
     """
-    work, size = step._work(params, batch, buffers, kwargs, modes), _plan(step, params).at_a_time(params.E)
+    work = step._work(params, batch, buffers, kwargs, modes)
     clips_whole = step._clip is not None and step._clip[1] == "ensemble"
-    if size < params.E and step._accumulate == 1 and not clips_whole:
-        trained = step._trained(params)
-        if can_be_parted(step.optimizer, trained):
+    if step._accumulate == 1 and not clips_whole:
+        trained, size = step._trained(params), _at_a_time(step, params, work)
+        if size < params.E and can_be_parted(step.optimizer, trained):
             return _advance_by_parts(step, params, trained, work, size, look)
     found = step._gradients(params, work, step._scratch)
     if look is not None:
@@ -358,3 +361,15 @@ def gradients_in_place(
 def _plan(step: TrainStep, params: EnsembleParams) -> Plan:
     """The plan by which the forward computes the members in a step."""
     return step.forward.plan if step.compiled_by == "eager" else step.forward.compiled_plan(params)
+
+
+def _at_a_time(step: TrainStep, params: EnsembleParams, work: Work) -> int:
+    """How many members to compute at a time, of this batch."""
+    plan, forward, E = _plan(step, params), step.forward, params.E
+    if not forward.chooses_size or plan.at_a_time(E) == 1 or plan.randomness != "different":
+        return plan.at_a_time(E)
+    numbers = sum(x.numel() for x in take_apart((work.batch, work.kwargs))[0])
+    kind = (E, numbers.bit_length(), plan.strategy)
+    if kind not in step._sizes:
+        step._sizes[kind] = step._objective.choose_size(work)
+    return plan.of_size(step._sizes[kind]).at_a_time(E)

@@ -618,8 +618,8 @@ def test_evaluating_between_compiled_steps_compiles_nothing_again() -> None:
     [
         ({"strategy": "fast"}, ValueError, "strategy: expected one of .*'auto', 'vmap', 'loop'.* got 'fast'"),
         ({"randomness": None}, ValueError, "randomness: expected one of .* got None"),
-        ({"chunk_size": 0}, ValueError, "chunk_size: expected a positive int, got 0"),
-        ({"chunk_size": 1.5}, TypeError, r"chunk_size: expected a positive int, got 1\.5"),
+        ({"chunk_size": 0}, ValueError, "chunk_size: expected a positive int, None or 'auto', got 0"),
+        ({"chunk_size": 1.5}, TypeError, r"chunk_size: expected a positive int, None or 'auto', got 1\.5"),
         ({"member_inputs": 1}, TypeError, "member_inputs: expected True or False, got 1"),
     ],
 )
