@@ -19,8 +19,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the lines that torch
 
 import torch
 
-from functorch_ens.files import write_whole
-
 Call = Callable[[], Any]
 
 
@@ -112,6 +110,8 @@ def machine(device: torch.device) -> str:
 
 def write_json(value: Any, path: Path) -> None:
     """Write `value` to `path` as JSON."""
+    from functorch_ens.files import write_whole  # not at the top: compare_worker.py has the library of another commit
+
     text = json.dumps(value, indent=1) + "\n"
     with write_whole(path) as part:
         part.write_text(text)

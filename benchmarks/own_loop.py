@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from measure import Call, Spread, interleaved, machine, parsed, positive, quiet, ratio, write_json
+from networks import CASES, Case
 from rivals import NotebookEnsemble, member_after_member
 from torch import Tensor
 from tqdm import tqdm
-from vmap_vs_be import CASES, Case
 
 import functorch_ens as fe
 from functorch_ens.tables import aligned

@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))  # compilation is timed
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # make_train_step sets it; set it for all contenders
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import torch
 import torch._dynamo
@@ -45,7 +43,7 @@ from measure import (
     seconds_of,
     write_json,
 )
-from models import cnn
+from networks import CASES, NOTEBOOK_MLP, Case, mlp_case
 from rivals import NotebookEnsemble, adam, member_after_member, member_as_rows, tabm_ensemble
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -63,52 +61,6 @@ CLASSIC, BATCH = "classic, compiled", "BatchEnsemble, compiled"
 NOTEBOOK, TABM = "notebook's BatchEnsemble", "tabm, compiled"
 
 
-class Case(NamedTuple):
-    """A model, the shape of one input, and the default sizes E and B."""
-
-    title: str
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    E: int
-    B: int
-    sizes: tuple[int, ...] = ()
-    """The widths of the layers of an MLP."""
-
-
-def mlp(sizes: Sequence[int]) -> nn.Module:
-    """An MLP of these widths, with ReLU between its layers."""
-    layers: list[nn.Module] = []
-    for a, b in pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def resnet18() -> nn.Module:
-    from torchvision.models import resnet18
-
-    return resnet18(num_classes=10)
-
-
-def small_vit() -> nn.Module:
-    from torchvision.models import VisionTransformer
-
-    return VisionTransformer(32, 4, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
-
-
-def _mlp_case(E: int, B: int, *sizes: int) -> Case:
-    return Case(f"MLP {'-'.join(map(str, sizes))}", partial(mlp, sizes), (sizes[0],), E, B, sizes)
-
-
-NOTEBOOK_MLP = (3072, 128, 128, 10)
-CASES = {
-    **{f"mlp-{B}": _mlp_case(5, B, *NOTEBOOK_MLP) for B in (32, 256, 1024)},
-    "small-mlp": _mlp_case(32, 32, 20, 64, 64, 10),
-    "wide-mlp": _mlp_case(16, 128, 784, 256, 256, 10),
-    "cnn": Case("CNN with BatchNorm, 32 x 32", partial(cnn, 3, 10), (3, 32, 32), 5, 32),
-    "resnet18": Case("ResNet-18, 32 x 32", resnet18, (3, 32, 32), 4, 16),
-    "vit": Case("vision transformer, 32 x 32", small_vit, (3, 32, 32), 4, 8),
-    "large-mlp": _mlp_case(8, 1024, 4096, 4096, 4096, 10),
-}
 QUICK = ("mlp-32", "small-mlp")
 BY_DEFAULT = {"cpu": [name for name in CASES if name != "large-mlp"], "cuda": list(CASES)}
 MATMUL = {"cpu": 2048, "cuda": 8192}
@@ -340,7 +292,7 @@ def growth(precision: str, setting: Setting, rounds: int, results: Mapping[str, 
             grown.append({"E": case.E, "B": case.B, "seconds": seconds})
     for E, B in tqdm([(1, 32), (16, 32), (64, 32)], desc="growth", disable=None):
         torch._dynamo.reset()
-        found = contenders(_mlp_case(E, B, *NOTEBOOK_MLP), E, B, setting, names)
+        found = contenders(mlp_case(E, B, *NOTEBOOK_MLP), E, B, setting, names)
         calls = {name: contender.calls["step"] for name, contender in found.items()}
         grown.append({"E": E, "B": B, "seconds": interleaved(calls, rounds, setting.device)})
     return sorted(grown, key=lambda point: (point["B"] != 32, point["B"], point["E"]))
