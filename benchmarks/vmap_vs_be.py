@@ -3,7 +3,7 @@
     python benchmarks/vmap_vs_be.py                        all cases; eight minutes on two cores
     python benchmarks/vmap_vs_be.py --quick                two small MLPs, three rounds; a minute
     python benchmarks/vmap_vs_be.py --case mlp-32 --members 16
-    python benchmarks/vmap_vs_be.py --device cuda          CUDA graphs, in float32 and in bfloat16 (autocast)
+    python benchmarks/vmap_vs_be.py --device cuda          CUDA graphs, in float32, TF32 and bfloat16 (autocast)
 
 Every time is the median of interleaved rounds (A B C A B C ...); every ratio is taken within a round. A step computes
 the gradients and applies Adam; models are in training mode. "E·B rows" is one network whose batch has as many rows as
@@ -30,8 +30,12 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from measure import (
+    PRECISIONS,
     Call,
     Spread,
+    add_device,
+    autocast,
+    compile_options,
     interleaved,
     machine,
     megabytes,
@@ -41,6 +45,7 @@ from measure import (
     quiet,
     ratio,
     seconds_of,
+    use,
     write_json,
 )
 from networks import CASES, NOTEBOOK_MLP, Case, mlp_case
@@ -67,7 +72,6 @@ MATMUL = {"cpu": 2048, "cuda": 8192}
 """The size of the square matrices whose product gives the attainable rate of arithmetic."""
 SHARES = "The arithmetic of one network on E·B rows, divided by the time of a step: GFLOP/s (share of a large matmul's)"
 AIMED_AT = {"cpu": "two CPU cores", "cuda": "a GPU"}
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -78,13 +82,18 @@ class Setting(NamedTuple):
     """The device, the precision and the options of torch.compile."""
 
     device: torch.device
-    dtype: torch.dtype
-    """The dtype of matrix products: float32, or bfloat16 by autocast."""
+    name: str
+    """One of PRECISIONS. `use` has set it."""
     compile: Mapping[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return torch.bfloat16 if self.name == "bfloat16" else torch.float32
 
     def precision(self) -> AbstractContextManager[Any]:
         """The autocast context for a forward and its loss."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return autocast(self.device, self.name)
 
 
 class Contender(NamedTuple):
@@ -146,8 +155,8 @@ def of_library(
     forward = fe.make_forward(model)
     optimizer = torch.optim.Adam(tree_leaves(params), lr=1e-3)
     options = False if compile is None else compile
-    autocast = None if setting.dtype == torch.float32 else setting.dtype
-    train = fe.make_train_step(forward, F.cross_entropy, optimizer, autocast=autocast, compile=options)
+    dtype = None if setting.dtype == torch.float32 else setting.dtype
+    train = fe.make_train_step(forward, F.cross_entropy, optimizer, autocast=dtype, compile=options)
     called = forward if compile is None else torch.compile(forward, **compile)
 
     def predict() -> None:
@@ -285,6 +294,7 @@ def growth(precision: str, setting: Setting, rounds: int, results: Mapping[str, 
     Returns: a list of E, B and the seconds of each contender, sorted for printing.
     """
     names = (ROWS, LOOP, CLASSIC, BATCH)
+    use(precision)
     grown = []
     for name, case in CASES.items():
         if case.sizes == NOTEBOOK_MLP and (measured := results.get(_key(name, precision))):
@@ -430,7 +440,7 @@ def draw(results: Mapping[str, Any], points: Sequence[Mapping[str, Any]], title:
     plt.close(figure)
 
 
-_PRECISION = "dtype of matrix products: float32, bfloat16 (autocast), or both (default: float32; on a GPU both)"
+_PRECISION = "of matrix products: some of float32, tf32, bfloat16 (autocast) (default: float32; on a GPU all)"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -447,8 +457,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--members", type=positive, metavar="E", help="members per ensemble (default: that of the case)")
     add("--batch-size", type=positive, metavar="B", help="rows per batch (default: that of the case)")
     add("--rounds", type=positive, metavar="N", help="rounds of measurement (default: 5, with --quick 3)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="device of all computation (default: cpu)")
-    add("--precision", nargs="+", choices=list(PRECISIONS), metavar="DTYPE", help=_PRECISION)
+    add_device(parser)
+    add("--precision", nargs="+", choices=PRECISIONS, metavar="DTYPE", help=_PRECISION)
     add(
         "--json", type=Path, default=Path("vmap_vs_be.json"), metavar="FILE", help="JSON results (default: %(default)s)"
     )
@@ -464,19 +474,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     quiet()
     device = torch.device(args.device)
-    compile = {"mode": "reduce-overhead"} if args.device == "cuda" else {}
-    if args.device == "cuda":  # allow TF32 in matrix products, as torch does by default in convolutions
-        torch.set_float32_matmul_precision("high")
     where = machine(device)
     print(f"{where}; {args.rounds} interleaved rounds, medians ± half the interquartile range\n")
     results: dict[str, Any] = {}
     work: dict[str, int] = {}
     rates: dict[str, float] = {}
-    settings = {name: Setting(device, PRECISIONS[name], compile) for name in args.precision}
+    settings = {name: Setting(device, name, compile_options(device)) for name in args.precision}
     for precision, name in (bar := tqdm(list(product(args.precision, args.case)), desc="cases", disable=None)):
         key = _key(name, precision)
         bar.set_postfix_str(key)
         torch._dynamo.reset()
+        use(precision)
         case = CASES[name]
         E, B = args.members or case.E, args.batch_size or case.B
         results[key], rate = measure(contenders(case, E, B, settings[precision]), args.rounds, settings[precision])
