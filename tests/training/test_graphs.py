@@ -14,6 +14,7 @@ WAYS = [pair for pair in graphs.pairs(list(graphs.NETWORKS)) if pair[1] != graph
 
 
 @pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it
 @pytest.mark.parametrize(("network", "way"), WAYS)
 def test_other_sizes_make_no_more_graphs_than_those_of_a_plain_network(network: str, way: str) -> None:
     """torch has no graph of an LSTM, so there a step is several; but they are made at the same sizes."""
