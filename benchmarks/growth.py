@@ -31,9 +31,10 @@ import torch._dynamo
 import torch.nn.functional as F
 from measure import Spread, interleaved, machine, megabytes, parsed, peak_memory, positive, quiet, ratio, write_json
 from models import cnn
+from networks import mlp
 from torch import Tensor, nn
 from tqdm import tqdm
-from vmap_vs_be import BATCH, CLASSIC, LOOP, ROWS, Contender, Setting, mlp, of_library, of_modules
+from vmap_vs_be import BATCH, CLASSIC, LOOP, ROWS, Contender, Setting, of_library, of_modules
 
 import functorch_ens as fe
 from functorch_ens.files import write_whole
@@ -341,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
     quiet()
     device = torch.device(args.device)
     torch._dynamo.config.automatic_dynamic_shapes = False  # each contender has one size, and a graph for that alone
-    setting = Setting(device, torch.float32, {"mode": "reduce-overhead"} if args.device == "cuda" else {})
+    setting = Setting(device, "float32", {"mode": "reduce-overhead"} if args.device == "cuda" else {})
     where = machine(device)
     kept = json.loads(args.json.read_text())["points"] if args.resume and args.json.exists() else {}
     found: dict[str, list[dict[str, Any]]] = {name: list(points) for name, points in kept.items()}

@@ -26,8 +26,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from measure import (
+    PRECISIONS,
     Call,
     Spread,
+    add_device,
+    autocast,
+    compile_options,
     interleaved,
     machine,
     megabytes,
@@ -36,6 +40,7 @@ from measure import (
     positive,
     quiet,
     ratio,
+    use,
     write_json,
 )
 from torch import Tensor, nn
@@ -72,17 +77,25 @@ class Contender(NamedTuple):
 
 
 def of_params(
-    model: nn.Module, params: fe.EnsembleParams, batch: tuple[Tensor, Tensor], compile: bool, **options: Any
+    model: nn.Module,
+    params: fe.EnsembleParams,
+    batch: tuple[Tensor, Tensor],
+    precision: str,
+    compile: bool,
+    **options: Any,
 ) -> Contender:
     """An ensemble by this library."""
+    device = batch[0].device
+    given: Any = (compile_options(device) or True) if compile else False
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
     forward = fe.make_forward(model, **options)
     optimizer = torch.optim.SGD(fe.param_groups(params, lr=0.1))
-    step = fe.make_train_step(forward, F.cross_entropy, optimizer, compile=compile)
+    step = fe.make_train_step(forward, F.cross_entropy, optimizer, autocast=dtype, compile=given)
     leaves = tree_leaves(params)
-    compute = torch.compile(forward) if compile else forward
+    compute = torch.compile(forward, **compile_options(device)) if compile else forward
 
     def infer() -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, precision):
             outputs: Tensor = compute(params, batch[0])
         return outputs
 
@@ -90,17 +103,22 @@ def of_params(
     return Contender(calls, [leaf for leaf in leaves if leaf.requires_grad], leaves)
 
 
-def of_modules(modules: list[nn.Module], batch: tuple[Tensor, Tensor]) -> Contender:
+def of_modules(modules: list[nn.Module], batch: tuple[Tensor, Tensor], precision: str) -> Contender:
     """A loop over ordinary networks."""
     x, y = batch
     parameters: list[Tensor] = [parameter for module in modules for parameter in module.parameters()]
 
     def infer() -> list[Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(x.device, precision):
             return [module(x) for module in modules]
 
     def gradients() -> list[tuple[Tensor, ...]]:
-        return [torch.autograd.grad(F.cross_entropy(module(x), y), list(module.parameters())) for module in modules]
+        found = []
+        for module in modules:
+            with autocast(x.device, precision):
+                value = F.cross_entropy(module(x), y)
+            found.append(torch.autograd.grad(value, list(module.parameters())))
+        return found
 
     return Contender({"forward": infer, "gradient": gradients}, parameters, parameters)
 
@@ -122,16 +140,17 @@ def contenders(args: argparse.Namespace, device: torch.device) -> dict[str, Cont
         copies.append(Vit(args.layers, args.width, args.heads).to(device))
         copies[i].load_state_dict(fe.member_params(model, whole, i))
     rows = x.repeat(E, 1, 1), y.repeat(E)
-    of, batch = partial(of_params, model, compile=compile), (x, y)
+    of, batch = partial(of_params, model, precision=args.precision, compile=compile), (x, y)
+    modules = partial(of_modules, precision=args.precision)
     return {
         "LoRA ensemble, attention": of(attention, batch),
         "LoRA ensemble, all": of(whole, batch),
         "LoRA ensemble, all, loop": of(whole, batch, strategy="loop"),
         "LoRA ensemble, all, merged in each call": of(whole, batch, rank1_side="weight"),
         "E merged copies, vmap": of(fe.stack_params(copies), batch),
-        "E merged copies, loop over modules": of_modules(copies, batch),
+        "E merged copies, loop over modules": modules(copies, batch),
         ROWS: of(make(1), rows),
-        "one network, E·B rows": of_modules([model], rows),
+        "one network, E·B rows": modules([model], rows),
     }
 
 
@@ -186,8 +205,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         )
     parser.add_argument("--compile", action="store_true", help="compile what this library computes")
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="device of all computation (default: cpu)"
+        "--precision", choices=PRECISIONS, default="float32", help="of matrix products (default: float32)"
     )
+    add_device(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     args = parsed(parser, argv)
     if args.width % args.heads:
@@ -200,11 +220,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     quiet()
+    use(args.precision)
     device = torch.device(args.device)
     options = {name: value for name, value in vars(args).items() if name != "json"}
     where = f"{machine(device)}, E = {args.members}, B = {args.batch_size}"
     results = measured(contenders(args, device), args.rounds, device)
-    print(f"{where}; {args.layers} layers of width {args.width}, {args.tokens} tokens, rank {args.rank}\n")
+    sizes = f"{args.layers} layers of width {args.width}, {args.tokens} tokens, rank {args.rank}"
+    print(f"{where}; {sizes}, {args.precision}\n")
     print(table(results))
     if args.json:
         write_json({"machine": where, "options": options, "results": results}, args.json)

@@ -11,6 +11,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -18,8 +19,6 @@ from typing import Any, NamedTuple
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the lines that torch's profiler logs per run
 
 import torch
-
-from functorch_ens.files import write_whole
 
 Call = Callable[[], Any]
 
@@ -97,6 +96,41 @@ def peak_memory(call: Call, device: torch.device) -> int:
     return max(held, default=0)
 
 
+PRECISIONS = ("float32", "tf32", "bfloat16")
+"""The precisions of matrix products; tf32 is a GPU's, and bfloat16 is by autocast."""
+
+
+def use(precision: str) -> None:
+    """Let matrix products and convolutions of float32 round their factors to TF32, or not."""
+    tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The context of a forward and its loss."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """For torch.compile: CUDA graphs on a GPU, where else the start of each kernel takes longer than the kernel."""
+    return {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds, once the GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="device of all computation (default: cpu)"
+    )
+
+
 def quiet() -> None:
     """Leave out what would be printed between the rows of a table: of attention under vmap, and of strategies."""
     warnings.filterwarnings("ignore", message="There is a performance drop")
@@ -112,6 +146,8 @@ def machine(device: torch.device) -> str:
 
 def write_json(value: Any, path: Path) -> None:
     """Write `value` to `path` as JSON."""
+    from functorch_ens.files import write_whole  # not at the top: compare_worker.py has the library of another commit
+
     text = json.dumps(value, indent=1) + "\n"
     with write_whole(path) as part:
         part.write_text(text)
@@ -129,6 +165,8 @@ def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     options = parser.parse_args(argv)
     if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, but torch finds no GPU here; use --device cpu")
+    if "tf32" in (getattr(options, "precision", None) or []) and options.device != "cuda":
+        parser.error("--precision: got tf32, which a GPU has; use --device cuda")
     for name in ("json", "png"):
         path: Path | None = getattr(options, name, None)
         if path is not None and not path.parent.is_dir():

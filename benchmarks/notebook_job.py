@@ -18,7 +18,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from data import Split, as_split, normalise
 from einops import rearrange
-from measure import machine, parsed, positive, write_json
+from measure import add_device, compile_options, machine, now, parsed, positive, write_json
 from models import mlp
 from PIL import Image
 from rivals import NotebookEnsemble, adam, member_after_member
@@ -54,7 +53,7 @@ class AsPIL(Dataset[tuple[Tensor, int]]):
     """One PIL image per item, as in torchvision's data sets."""
 
     def __init__(self, data: Split) -> None:
-        self._arrays = rearrange(data.images, "n c h w -> n h w c").numpy()
+        self._arrays = rearrange(data.images, "n c h w -> n h w c").cpu().numpy()
         self._labels = data.labels.tolist()
         self._transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
 
@@ -108,28 +107,31 @@ def hits(logits: Tensor, y: Tensor) -> int:
 
 def by_loops(kind: str, train: Split, test: Split, args: argparse.Namespace, one_pass: bool = True) -> Outcome:
     """Train ordinary modules from a DataLoader; loop over members within each batch (`one_pass`) or over whole runs."""
-    E = args.members
+    E, device = args.members, torch.device(args.device)
     if kind == BATCH:
         models: list[nn.Module] = [NotebookEnsemble(SIZES, E)]
         loss: Any = member_after_member
     else:
         models, loss = [mlp(SIZES[0], SIZES[-1]) for _ in range(E)], F.cross_entropy
+    models = [model.to(device) for model in models]
     pairs = list(zip(models, adam(models), strict=True))
     load = partial(DataLoader[Any], batch_size=args.batch_size, num_workers=args.workers)
 
-    start = time.perf_counter()
+    start = now(device)
     for trained in [pairs] if one_pass else [[pair] for pair in pairs]:
         for x, y in tqdm(load(AsPIL(train), shuffle=True), desc=f"{kind}, loops", disable=None):
+            x, y = x.to(device), y.to(device)
             for model, optimizer in trained:
                 optimizer.zero_grad()
                 loss(model(x), y).backward()
                 optimizer.step()
-    seconds = time.perf_counter() - start
+    seconds = now(device) - start
     right = 0
     with torch.no_grad():
         for x, y in load(AsPIL(test)):
+            x, y = x.to(device), y.to(device)
             right += hits(models[0](x) if kind == BATCH else torch.stack([model(x) for model in models]), y)
-    return Outcome(seconds, 0.0, time.perf_counter() - start - seconds, right / len(test.labels))
+    return Outcome(seconds, 0.0, now(device) - start - seconds, right / len(test.labels))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -138,7 +140,8 @@ def by_loops(kind: str, train: Split, test: Split, args: argparse.Namespace, one
 
 def by_library(kind: str, train: Split, test: Split, args: argparse.Namespace, compile: bool = True) -> Outcome:
     """Train all members with one step, compiled or not, on images in one uint8 tensor."""
-    model, E = mlp(SIZES[0], SIZES[-1]), args.members
+    device, E = torch.device(args.device), args.members
+    model = mlp(SIZES[0], SIZES[-1]).to(device)
     params = fe.batchensemble_params(model, E) if kind == BATCH else fe.ensemble_params(model, E)
     reduction = "mean" if kind == BATCH else "sum"
     forward, optimizer = fe.make_forward(model), torch.optim.Adam(tree_leaves(params), lr=1e-3)
@@ -151,21 +154,21 @@ def by_library(kind: str, train: Split, test: Split, args: argparse.Namespace, c
         prepare=lambda index: (normalise(train.images[index]), train.labels[index]),
     )
     # The last batch is smaller. Run it eagerly: another shape would be another compilation.
-    step, last_step = make_step(compile=compile), make_step(compile=False)
-    batches = torch.randperm(len(train.labels)).split(args.batch_size)
+    step, last_step = make_step(compile=compile and (compile_options(device) or True)), make_step(compile=False)
+    batches = torch.randperm(len(train.labels), device=device).split(args.batch_size)
 
-    start = time.perf_counter()
+    start = now(device)
     if compile:
         step.gradients(params, batches[0])
-    compiled = time.perf_counter()
+    compiled = now(device)
     for index in tqdm(batches, desc=f"{kind}, {LIBRARY}", disable=None):
         (step if len(index) == args.batch_size else last_step)(params, index)
-    trained = time.perf_counter()
+    trained = now(device)
     right = 0
     with torch.no_grad():
         for images, y in zip(test.images.split(500), test.labels.split(500), strict=True):
             right += hits(forward(params, normalise(images)), y)
-    return Outcome(trained - compiled, compiled - start, time.perf_counter() - trained, right / len(test.labels))
+    return Outcome(trained - compiled, compiled - start, now(device) - trained, right / len(test.labels))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -210,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--images", type=positive, metavar="N", help="generate N images (default: CIFAR-10, or 50000)")
     add("--members", type=positive, default=5, metavar="E", help="members per ensemble (default: %(default)s)")
     add("--batch-size", type=positive, default=32, metavar="B", help="images per step (default: %(default)s)")
+    add_device(parser)
     add("--workers", type=int, default=2, help="worker processes of the DataLoader (default: %(default)s)")
     add(
         "--json",
@@ -222,10 +226,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     found = None if args.images else cifar10(args.data_dir)
     train, test = found or generated(args.images or 50_000, torch.Generator().manual_seed(0))
+    device = torch.device(args.device)
+    train, test = (Split(part.images.to(device), part.labels.to(device)) for part in (train, test))
     if len(train.labels) < args.batch_size:
         parser.error(f"--batch-size: {args.batch_size} is more than the {len(train.labels)} images")
     what = "CIFAR-10" if found else "generated images"
-    where = machine(torch.device("cpu"))
+    where = machine(device)
     print(f"{what}: {len(train.labels)} and {len(test.labels)}, E = {args.members}, batch {args.batch_size}; {where}\n")
     outcomes = {(kind, way): run(kind, train, test, args) for (kind, way), run in JOBS.items()}
     print(table(outcomes))

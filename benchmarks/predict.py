@@ -15,9 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Call, Spread, interleaved, machine, parsed, positive, quiet, ratio, write_json
+from measure import (
+    PRECISIONS,
+    Call,
+    Spread,
+    add_device,
+    autocast,
+    interleaved,
+    machine,
+    parsed,
+    positive,
+    quiet,
+    ratio,
+    use,
+    write_json,
+)
+from networks import CASES, Case
 from tqdm import tqdm
-from vmap_vs_be import CASES, PRECISIONS, Case
 
 import functorch_ens as fe
 from functorch_ens.tables import aligned
@@ -25,7 +39,7 @@ from functorch_ens.tables import aligned
 ONE, ROWS, TURN = "one network", "one network, E x rows", "E networks in turn"
 
 
-def calls(case: Case, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
+def calls(case: Case, rows: int, device: torch.device, precision: str) -> dict[str, Call]:
     """What predicts `rows` rows once, by name."""
     torch.manual_seed(0)
     model, E = case.make().to(device).eval(), case.E
@@ -45,7 +59,7 @@ def calls(case: Case, rows: int, device: torch.device, dtype: torch.dtype) -> di
 
     def without_gradients(call: Call) -> Call:
         def computed() -> None:
-            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with torch.no_grad(), autocast(device, precision):
                 call()
 
         return computed
@@ -72,8 +86,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--case", nargs="+", choices=list(CASES), metavar="NAME", default=cases, help=f"of {', '.join(CASES)}")
     add("--rows", nargs="+", type=positive, metavar="B", default=[1, 32, 256], help="rows of a call (1, 32, 256)")
     add("--rounds", type=positive, metavar="N", default=9, help="rounds of measurement (default: 9)")
-    add("--precision", choices=list(PRECISIONS), default="float32", help="float32, or bfloat16 by autocast")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="device of all computation (default: cpu)")
+    add("--precision", choices=PRECISIONS, default="float32", help="of matrix products (default: float32)")
+    add_device(parser)
     add("--json", type=Path, default=Path("predict.json"), metavar="FILE", help="JSON results (default: %(default)s)")
     return parsed(parser, argv)
 
@@ -82,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     quiet()
     device = torch.device(options.device)
+    use(options.precision)
     where = f"{machine(device)}, {options.precision}"
     print(f"{where}; {options.rounds} interleaved rounds, medians; in brackets the quartiles of the ratios\n")
     results: dict[str, Any] = {}
@@ -89,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, rows in tqdm(points, desc="cases", disable=None):
         torch.compiler.reset()
         case, key = CASES[name], f"{name}, {rows} rows"
-        results[key] = interleaved(calls(case, rows, device, PRECISIONS[options.precision]), options.rounds, device)
+        results[key] = interleaved(calls(case, rows, device, options.precision), options.rounds, device)
         with tqdm.external_write_mode():
             print(f"{key}: {case.title}, E = {case.E}\n\n{table(results[key])}\n", flush=True)
         write_json({"machine": where, "rounds": options.rounds, "seconds": results}, options.json)

@@ -3,7 +3,7 @@
     python benchmarks/vmap_vs_be.py                        all cases; eight minutes on two cores
     python benchmarks/vmap_vs_be.py --quick                two small MLPs, three rounds; a minute
     python benchmarks/vmap_vs_be.py --case mlp-32 --members 16
-    python benchmarks/vmap_vs_be.py --device cuda          CUDA graphs, in float32 and in bfloat16 (autocast)
+    python benchmarks/vmap_vs_be.py --device cuda          CUDA graphs, in float32, TF32 and bfloat16 (autocast)
 
 Every time is the median of interleaved rounds (A B C A B C ...); every ratio is taken within a round. A step computes
 the gradients and applies Adam; models are in training mode. "E·B rows" is one network whose batch has as many rows as
@@ -14,26 +14,28 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="inductor-"))  # compilation is timed
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # make_train_step sets it; set it for all contenders
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import torch
 import torch._dynamo
 import torch.nn.functional as F
 from measure import (
+    PRECISIONS,
     Call,
     Spread,
+    add_device,
+    autocast,
+    compile_options,
     interleaved,
     machine,
     megabytes,
@@ -43,9 +45,10 @@ from measure import (
     quiet,
     ratio,
     seconds_of,
+    use,
     write_json,
 )
-from models import cnn
+from networks import CASES, NOTEBOOK_MLP, Case, mlp_case
 from rivals import NotebookEnsemble, adam, member_after_member, member_as_rows, tabm_ensemble
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -63,59 +66,12 @@ CLASSIC, BATCH = "classic, compiled", "BatchEnsemble, compiled"
 NOTEBOOK, TABM = "notebook's BatchEnsemble", "tabm, compiled"
 
 
-class Case(NamedTuple):
-    """A model, the shape of one input, and the default sizes E and B."""
-
-    title: str
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    E: int
-    B: int
-    sizes: tuple[int, ...] = ()
-    """The widths of the layers of an MLP."""
-
-
-def mlp(sizes: Sequence[int]) -> nn.Module:
-    """An MLP of these widths, with ReLU between its layers."""
-    layers: list[nn.Module] = []
-    for a, b in pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def resnet18() -> nn.Module:
-    from torchvision.models import resnet18
-
-    return resnet18(num_classes=10)
-
-
-def small_vit() -> nn.Module:
-    from torchvision.models import VisionTransformer
-
-    return VisionTransformer(32, 4, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
-
-
-def _mlp_case(E: int, B: int, *sizes: int) -> Case:
-    return Case(f"MLP {'-'.join(map(str, sizes))}", partial(mlp, sizes), (sizes[0],), E, B, sizes)
-
-
-NOTEBOOK_MLP = (3072, 128, 128, 10)
-CASES = {
-    **{f"mlp-{B}": _mlp_case(5, B, *NOTEBOOK_MLP) for B in (32, 256, 1024)},
-    "small-mlp": _mlp_case(32, 32, 20, 64, 64, 10),
-    "wide-mlp": _mlp_case(16, 128, 784, 256, 256, 10),
-    "cnn": Case("CNN with BatchNorm, 32 x 32", partial(cnn, 3, 10), (3, 32, 32), 5, 32),
-    "resnet18": Case("ResNet-18, 32 x 32", resnet18, (3, 32, 32), 4, 16),
-    "vit": Case("vision transformer, 32 x 32", small_vit, (3, 32, 32), 4, 8),
-    "large-mlp": _mlp_case(8, 1024, 4096, 4096, 4096, 10),
-}
 QUICK = ("mlp-32", "small-mlp")
 BY_DEFAULT = {"cpu": [name for name in CASES if name != "large-mlp"], "cuda": list(CASES)}
 MATMUL = {"cpu": 2048, "cuda": 8192}
 """The size of the square matrices whose product gives the attainable rate of arithmetic."""
 SHARES = "The arithmetic of one network on E·B rows, divided by the time of a step: GFLOP/s (share of a large matmul's)"
 AIMED_AT = {"cpu": "two CPU cores", "cuda": "a GPU"}
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -126,13 +82,18 @@ class Setting(NamedTuple):
     """The device, the precision and the options of torch.compile."""
 
     device: torch.device
-    dtype: torch.dtype
-    """The dtype of matrix products: float32, or bfloat16 by autocast."""
+    name: str
+    """One of PRECISIONS. `use` has set it."""
     compile: Mapping[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return torch.bfloat16 if self.name == "bfloat16" else torch.float32
 
     def precision(self) -> AbstractContextManager[Any]:
         """The autocast context for a forward and its loss."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return autocast(self.device, self.name)
 
 
 class Contender(NamedTuple):
@@ -195,8 +156,8 @@ def of_library(
     forward = fe.make_forward(model, chunk_size=chunk_size)
     optimizer = torch.optim.Adam(tree_leaves(params), lr=1e-3)
     options = False if compile is None else compile
-    autocast = None if setting.dtype == torch.float32 else setting.dtype
-    train = fe.make_train_step(forward, F.cross_entropy, optimizer, autocast=autocast, compile=options)
+    dtype = None if setting.dtype == torch.float32 else setting.dtype
+    train = fe.make_train_step(forward, F.cross_entropy, optimizer, autocast=dtype, compile=options)
     called = forward if compile is None else torch.compile(forward, **compile)
 
     def predict() -> None:
@@ -334,6 +295,7 @@ def growth(precision: str, setting: Setting, rounds: int, results: Mapping[str, 
     Returns: a list of E, B and the seconds of each contender, sorted for printing.
     """
     names = (ROWS, LOOP, CLASSIC, BATCH)
+    use(precision)
     grown = []
     for name, case in CASES.items():
         if case.sizes == NOTEBOOK_MLP and (measured := results.get(_key(name, precision))):
@@ -341,7 +303,7 @@ def growth(precision: str, setting: Setting, rounds: int, results: Mapping[str, 
             grown.append({"E": case.E, "B": case.B, "seconds": seconds})
     for E, B in tqdm([(1, 32), (16, 32), (64, 32)], desc="growth", disable=None):
         torch._dynamo.reset()
-        found = contenders(_mlp_case(E, B, *NOTEBOOK_MLP), E, B, setting, names)
+        found = contenders(mlp_case(E, B, *NOTEBOOK_MLP), E, B, setting, names)
         calls = {name: contender.calls["step"] for name, contender in found.items()}
         grown.append({"E": E, "B": B, "seconds": interleaved(calls, rounds, setting.device)})
     return sorted(grown, key=lambda point: (point["B"] != 32, point["B"], point["E"]))
@@ -479,7 +441,7 @@ def draw(results: Mapping[str, Any], points: Sequence[Mapping[str, Any]], title:
     plt.close(figure)
 
 
-_PRECISION = "dtype of matrix products: float32, bfloat16 (autocast), or both (default: float32; on a GPU both)"
+_PRECISION = "of matrix products: some of float32, tf32, bfloat16 (autocast) (default: float32; on a GPU all)"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -496,8 +458,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--members", type=positive, metavar="E", help="members per ensemble (default: that of the case)")
     add("--batch-size", type=positive, metavar="B", help="rows per batch (default: that of the case)")
     add("--rounds", type=positive, metavar="N", help="rounds of measurement (default: 5, with --quick 3)")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="device of all computation (default: cpu)")
-    add("--precision", nargs="+", choices=list(PRECISIONS), metavar="DTYPE", help=_PRECISION)
+    add_device(parser)
+    add("--precision", nargs="+", choices=PRECISIONS, metavar="DTYPE", help=_PRECISION)
     add(
         "--json", type=Path, default=Path("vmap_vs_be.json"), metavar="FILE", help="JSON results (default: %(default)s)"
     )
@@ -513,19 +475,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     quiet()
     device = torch.device(args.device)
-    compile = {"mode": "reduce-overhead"} if args.device == "cuda" else {}
-    if args.device == "cuda":  # allow TF32 in matrix products, as torch does by default in convolutions
-        torch.set_float32_matmul_precision("high")
     where = machine(device)
     print(f"{where}; {args.rounds} interleaved rounds, medians ± half the interquartile range\n")
     results: dict[str, Any] = {}
     work: dict[str, int] = {}
     rates: dict[str, float] = {}
-    settings = {name: Setting(device, PRECISIONS[name], compile) for name in args.precision}
+    settings = {name: Setting(device, name, compile_options(device)) for name in args.precision}
     for precision, name in (bar := tqdm(list(product(args.precision, args.case)), desc="cases", disable=None)):
         key = _key(name, precision)
         bar.set_postfix_str(key)
         torch._dynamo.reset()
+        use(precision)
         case = CASES[name]
         E, B = args.members or case.E, args.batch_size or case.B
         results[key], rate = measure(contenders(case, E, B, settings[precision]), args.rounds, settings[precision])

@@ -72,8 +72,15 @@ SLOW = tuple(line for line in (Path(__file__).parent / "slow.txt").read_text().s
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests of the list, the tests of the compiler's folder, and those that compile by `oracle`."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the slow tests of the list, the tests of the compiler's folder, and those that compile by `oracle`.
+
+    Without a GPU the tests on one are deselected.
+    """
+    if not torch.cuda.is_available():
+        on_gpu = [item for item in items if item.get_closest_marker("cuda")]
+        items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+        config.hook.pytest_deselected(items=on_gpu)
     for item in items:
         function = getattr(item, "obj", None)
         function = getattr(getattr(function, "hypothesis", None), "inner_test", function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
+import compare_commits
+import graphs
 import growth
 import model_coverage
 import operator_sweep
@@ -79,7 +82,20 @@ _REFUSED = {
     "endurance.py": (["--only", "nothing"], ["--scale", "0"]),
     "predict.py": (["--case", "nothing"], ["--rows", "0"], ["--json", "nowhere/at/all.json"]),
     "growth.py": _GROWTH,
-    "own_loop.py": (["--case", "nothing"], ["--threads", "0"], ["--json", "nowhere/at/all.json"]),
+    "own_loop.py": (
+        *(["--case", "nothing"], ["--threads", "0"], ["--json", "nowhere/at/all.json"]),
+        *(["--precision", "tf32"], ["--device", "nothing"]),
+    ),
+    "graphs.py": (["--network", "nothing"], ["--backend", "nothing"], ["--json", "nowhere/at/all.json"]),
+    "compare_commits.py": (
+        *(
+            ["--case", "nothing"],
+            ["--rounds", "0"],
+            ["--fail-above", "0.9"],
+            ["--json", "nowhere/at/all.json", ".", "."],
+        ),
+        ["--clock", "sand"],
+    ),
     **dict.fromkeys(_TIMED, (["--members", "0"], ["--batch-size", "many"], ["--json", "nowhere/at/all.json"])),
 }
 
@@ -97,9 +113,11 @@ def answers() -> list[Answer]:
         ("model_coverage.py", "--family"),
         ("operator_sweep.py", "--samples"),
         ("endurance.py", "--scale"),
-        ("own_loop.py", "--threads"),
         ("predict.py", "--rows"),
         ("growth.py", "--max-members"),
+        ("own_loop.py", "--precision"),
+        ("graphs.py", "--backend"),
+        ("compare_commits.py", "--fail-above"),
         *((script, "--members") for script in _TIMED),
     ],
 )
@@ -170,6 +188,67 @@ def test_lora_against_merged_copies_and_one_network(tmp_path: Path) -> None:
     one = results["one network, E·B rows"]["parameters_mb"]
     assert whole["parameters_mb"] == pytest.approx(one + whole["trained_mb"])
     assert copies["parameters_mb"] == copies["trained_mb"] == pytest.approx(2 * one)
+
+
+def _library(folder: Path, extra: str = "") -> Path:
+    """A copy of this library, with more code at the end of forward/forward.py."""
+    shutil.copytree(Path(fe.__file__).parent, folder / "functorch_ens", ignore=shutil.ignore_patterns("__pycache__"))
+    with (folder / "functorch_ens" / "forward" / "forward.py").open("a") as file:
+        file.write(extra)
+    return folder
+
+
+_SLEEPS = """
+
+_call = Forward.__call__
+
+
+def _slow(self, *args, **kwargs):
+    import time
+
+    time.sleep(0.05)
+    return _call(self, *args, **kwargs)
+
+
+Forward.__call__ = _slow
+"""
+
+
+def test_a_slower_commit_is_found(tmp_path: Path) -> None:
+    same, slow = _library(tmp_path / "same"), _library(tmp_path / "slow", _SLEEPS)
+    shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    (tmp_path / "examples").symlink_to(BENCHMARKS.parent / "examples")
+    shutil.copytree(same / "functorch_ens", tmp_path / "functorch_ens")
+    git = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
+    git(["git", "init", "-q"])
+    git(["git", "add", "functorch_ens"])
+    git(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "The library"])
+    options = ["--case", "small-mlp", "--kind", "classic", "--phase", "forward", "--starts", "1", "--rounds", "4"]
+    command = [sys.executable, str(tmp_path / "benchmarks" / "compare_commits.py"), "HEAD", str(slow), *options]
+    out = tmp_path / "out.json"
+    answer = subprocess.run([*command, "--fail-above", "1.5", "--json", out], capture_output=True, text=True, cwd=same)
+    assert answer.returncode == 1 and "slower by more than 1.5: small-mlp, classic, forward" in answer.stdout, answer
+    (row,) = json.loads(out.read_text())["seconds"]
+    assert len(row["old"]) == len(row["new"]) == 4 and min(row["new"]) > 0.05
+    command[2] = "nothing"
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 1 and "expected a commit, or a folder" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_verdict_needs_three_rounds_and_most_of_them() -> None:
+    assert compare_commits.verdict([1.2] * 3, [1.0] * 3) == "slower"
+    assert compare_commits.verdict([0.8] * 3, [1.0] * 3) == "faster"
+    assert compare_commits.verdict([1.2] * 2, [1.0] * 2) == ""
+    assert compare_commits.verdict([1.04] * 9, [1.0] * 9) == ""
+    assert compare_commits.verdict([0.9, 0.9, 1.2, 1.2, 1.2], [1.0] * 5) == ""
+
+
+def test_graphs_are_counted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = {graphs.PLAIN: graphs.WAYS[graphs.PLAIN]}
+    monkeypatch.setattr(graphs, "WAYS", ways)
+    graphs.main(["--network", "mlp"])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["mlp", *graphs.PLAIN.split(), "3", "32,", "17,", "1"]
 
 
 def test_a_factory_and_a_model_that_is_not_equal_to_itself(tmp_path: Path) -> None:

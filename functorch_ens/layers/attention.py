@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from functorch_ens._torch import has_symbolic_sizes, is_compiling
 from functorch_ens.anatomy import Layout
 from functorch_ens.layers.operators import autocast
 from functorch_ens.layers.registry import register
@@ -19,11 +20,14 @@ def _pure(layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **k
     """MultiheadAttention on contiguous inputs, so that each projection is one matrix product.
 
     The batch is moved to the second axis, where the layer itself computes with it. There the layer does not take its
-    inference fast path.
+    inference fast path. Under torch.func the F.linear of a contiguous [L, B, D] gives a compiler's symbolic sizes the
+    values of now, so that each length is compiled anew. Where sizes are symbolic, the inputs lie as [B, L, D].
     """
     turned = layer.batch_first and query.ndim == 3
 
     def turn(x: Tensor) -> Tensor:
+        if x.ndim == 3 and is_compiling() and has_symbolic_sizes([x]):
+            return x.contiguous().transpose(0, 1) if turned else x.transpose(0, 1).contiguous().transpose(0, 1)
         return (x.transpose(0, 1) if turned else x).contiguous()
 
     q = turn(query)  # One tensor stays one tensor: the layer tests whether query, key and value are the same object.
