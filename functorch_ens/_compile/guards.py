@@ -48,6 +48,7 @@ def with_own_code(method: Callable[..., Any]) -> MethodType:
         function.__defaults__,
         function.__closure__,
     )
+    own.__kwdefaults__ = function.__kwdefaults__
     return MethodType(own, bound.__self__)
 
 
