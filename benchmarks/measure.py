@@ -61,6 +61,12 @@ def ratio(times: list[float], others: list[float]) -> Spread:
     return Spread.of([mine / theirs for mine, theirs in zip(times, others, strict=True)])
 
 
+def shown_ratio(times: list[float], others: list[float]) -> str:
+    """`ratio`, as text: the median, and in brackets the quartiles."""
+    spread = ratio(times, others)
+    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
+
+
 def seconds_of(call: Call, repeats: int, device: torch.device) -> float:
     """The mean seconds of `repeats` calls; on a GPU between two CUDA events, as kernels run asynchronously."""
     if device.type == "cuda":

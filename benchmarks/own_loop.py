@@ -33,7 +33,7 @@ from measure import (
     peak_memory,
     positive,
     quiet,
-    ratio,
+    shown_ratio,
     use,
     write_json,
 )
@@ -102,8 +102,7 @@ def table(times: dict[str, list[float]], memory: dict[str, float]) -> str:
     rivals = [name for name in (ROWS, NOTEBOOK) if name in times]
     rows = [["", "ms", *(f"/ {name}" for name in rivals), "peak MB"]]
     for name, seconds in times.items():
-        shares = [ratio(seconds, times[rival]) for rival in rivals]
-        shown = [f"{each.median:.2f} ({each.low:.2f} to {each.high:.2f})" for each in shares]
+        shown = [shown_ratio(seconds, times[rival]) for rival in rivals]
         rows.append([name, f"{1e3 * Spread.of(seconds).median:.2f}", *shown, f"{memory[name]:.2f}"])
     return aligned(rows)
 

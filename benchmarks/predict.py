@@ -26,7 +26,7 @@ from measure import (
     parsed,
     positive,
     quiet,
-    ratio,
+    shown_ratio,
     use,
     write_json,
 )
@@ -73,8 +73,7 @@ def table(times: dict[str, list[float]]) -> str:
     rivals = {f"/ {one}": one, "/ E x rows": f"{ROWS}, compiled", "/ in turn": TURN}
     rows = [["", "us", *rivals]]
     for name, seconds in times.items():
-        shares = [ratio(seconds, times[rival]) for rival in rivals.values()]
-        shown = [f"{each.median:.2f} ({each.low:.2f} to {each.high:.2f})" for each in shares]
+        shown = [shown_ratio(seconds, times[rival]) for rival in rivals.values()]
         rows.append([name, f"{1e6 * Spread.of(seconds).median:,.0f}", *shown])
     return aligned(rows)
 
