@@ -19,6 +19,7 @@ import torch
 
 from functorch_ens._compile.extras import compile_with_extras
 from functorch_ens._compile.guards import with_own_code
+from functorch_ens._compile.waiting import told_at_a_terminal
 from functorch_ens._torch import saved_tensor_hooks_kept
 from functorch_ens.rng import Drawing, RandomState
 from functorch_ens.trees import take_apart
@@ -133,7 +134,7 @@ class Compiled:
             if rung not in self._rungs:
                 continue
             try:
-                with saved_tensor_hooks_kept():
+                with saved_tensor_hooks_kept(), told_at_a_terminal():
                     compiled, result = attempt(options, arguments)
                 self._compare(result, plain, drew, arguments)
             except (MemoryError, TimeoutError, ConnectionError, torch.OutOfMemoryError):

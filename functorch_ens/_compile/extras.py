@@ -14,6 +14,7 @@ from torch import Tensor
 from functorch_ens._compile.ahead import assumed, forget, may_explain
 from functorch_ens._compile.guards import filter_for, with_own_code
 from functorch_ens._compile.optional import inductor_option, optional
+from functorch_ens._compile.waiting import told_at_a_terminal
 from functorch_ens.trees import take_apart
 
 log = logging.getLogger(__name__)
@@ -113,11 +114,12 @@ def functorch_ens(
     with optional("layouts kept as they are"):
         if on_cpu and any(map(_scales_a_convolution, graph.graph.nodes)):
             extras |= _same_layouts()
-    try:
-        return _without_trials_first(attempt, extras, given, on_cpu)
-    except Exception as error:
-        log.info("compiling without what functorch_ens adds to inductor: %r", error)
-    return by_inductor(graph, {})
+    with told_at_a_terminal():
+        try:
+            return _without_trials_first(attempt, extras, given, on_cpu)
+        except Exception as error:
+            log.info("compiling without what functorch_ens adds to inductor: %r", error)
+        return by_inductor(graph, {})
 
 
 def _inductor() -> Callable[..., Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import functorch_ens as fe
+from functorch_ens._compile import waiting
 
 Graph = torch.fx.GraphModule
 
@@ -65,3 +68,29 @@ def test_dynamo_traces_no_einops_in_a_forward_by_vmap(monkeypatch: pytest.Monkey
     conv = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten(), nn.Linear(9, 4))
     _graphs([(conv, 2, torch.randn(5, 2, 4)), (_mlp(5), 2, torch.randn(6, 3))])
     assert any("functorch_ens" in name for name in inlined) and not [name for name in inlined if "einops" in name]
+
+
+@pytest.mark.parametrize(("at_a_terminal", "seconds"), [(True, 0.05), (True, 5.0), (False, 0.05)])
+def test_a_long_compilation_is_told_at_a_terminal(
+    at_a_terminal: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: at_a_terminal)
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr(waiting, "WAIT", seconds)
+
+    def slowly(graph: Any, inputs: Any) -> Any:
+        time.sleep(0.5)
+        return graph
+
+    model = nn.Linear(3, 2)
+    params = fe.ensemble_params(model, 2)
+    optimizer = torch.optim.SGD(tree_leaves(params), lr=0.1)
+    step = fe.make_train_step(fe.make_forward(model), F.cross_entropy, optimizer, compile={"backend": slowly})
+    for _ in range(2):
+        step(params, torch.randn(4, 3), torch.zeros(4, dtype=torch.long))
+    told = at_a_terminal and seconds < 0.5
+    assert [line[:30] for line in stream.getvalue().splitlines()] == [
+        "functorch_ens: compiling, once",
+        "functorch_ens: compiling took ",
+    ] * told
