@@ -139,20 +139,20 @@ class _Checked:
     def __call__(self, *arguments: Any) -> Any:
         if self._compiled is None:
             return self._eager(*arguments)
-        if self._is_known:
-            return self._compiled(*arguments)
-        want = self._eager(*arguments)
-        self._is_known = True
+        want = None if self._is_known else self._eager(*arguments)
         try:
-            differs = _difference(self._compiled(*arguments), want)
+            got = self._compiled(*arguments)
+            differs = "" if self._is_known else _difference(got, want)
         except (MemoryError, TimeoutError, ConnectionError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # the compiler's, for eager code has just computed this
+        except Exception as error:
+            got = want = self._eager(*arguments)  # which raises the error if it is the model's
             differs = first_line(getattr(error, "inner_exception", error))
         if differs:
             log.warning("predict does not use torch.compile here: %s", differs)
             self._compiled = None
-        return want
+        known, self._is_known = self._is_known, True
+        return got if known else want
 
 
 def _difference(got: Any, want: Any) -> str:

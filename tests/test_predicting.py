@@ -293,6 +293,25 @@ def test_compiled_code_that_is_wrong_or_fails_is_not_used(caplog: pytest.LogCapt
         assert told in caplog.text and len([r for r in caplog.records if "does not use torch" in r.getMessage()]) == 1
 
 
+@pytest.mark.compile
+def test_a_compiler_that_fails_later_leaves_the_call_to_eager_code(caplog: pytest.LogCaptureFixture) -> None:
+    model, x, graphs = nn.Linear(6, 3), torch.randn(20, 6), []
+
+    def once(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        if len(graphs) > 1:
+            raise RuntimeError("no second graph")
+        return graph
+
+    forward, params = fe.make_forward(model), fe.ensemble_params(model, 2)
+    for size in (5, 4, 10):
+        got = fe.predict(forward, params, x, batch_size=size, compile={"backend": once})
+        torch.testing.assert_close(got, forward(params, x))
+    assert len([r for r in caplog.records if "does not use torch.compile here: no second" in r.getMessage()]) == 1
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fe.predict(forward, params, torch.randn(20, 7), batch_size=5, compile={"backend": "eager"})
+
+
 def test_compile_is_a_choice_or_options() -> None:
     model = nn.Linear(6, 3)
     with pytest.raises(TypeError, match="compile: expected True, False or options"):
