@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -93,11 +94,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _fresh_torch() -> Iterator[None]:
-    """Every test starts from the same seed, with no compiled code of other tests."""
+    """Every test starts from the same seed, with no compiled code of other tests, and leaves the level of the log."""
     torch.manual_seed(0)
+    log = logging.getLogger("functorch_ens")
+    level = log.level
     if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the reset would import the compiler
         torch.compiler.reset()
     yield
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="module")
