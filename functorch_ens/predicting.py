@@ -23,6 +23,7 @@ from functorch_ens.checks import (
     shown,
 )
 from functorch_ens.compiling import compile as compile_function
+from functorch_ens.forward.failures import OF_THE_MACHINE
 from functorch_ens.forward.forward import Forward
 from functorch_ens.params.pytree import EnsembleParams
 from functorch_ens.trees import Form, cut_rows, length_of, take_apart
@@ -143,10 +144,10 @@ class _Checked:
         try:
             got = self._compiled(*arguments)
             differs = "" if self._is_known else _difference(got, want)
-        except (MemoryError, TimeoutError, ConnectionError, torch.OutOfMemoryError):
+        except OF_THE_MACHINE:
             raise
         except Exception as error:
-            got = want = self._eager(*arguments)  # which raises the error if it is the model's
+            got = self._eager(*arguments) if self._is_known else want  # eager code raises what the model raises
             differs = first_line(getattr(error, "inner_exception", error))
         if differs:
             log.warning("predict does not use torch.compile here: %s", differs)

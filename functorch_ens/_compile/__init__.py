@@ -21,6 +21,7 @@ from functorch_ens._compile.extras import compile_with_extras
 from functorch_ens._compile.guards import with_own_code
 from functorch_ens._compile.waiting import told_at_a_terminal
 from functorch_ens._torch import saved_tensor_hooks_kept
+from functorch_ens.forward.failures import OF_THE_MACHINE
 from functorch_ens.rng import Drawing, RandomState
 from functorch_ens.trees import take_apart
 
@@ -137,8 +138,8 @@ class Compiled:
                 with saved_tensor_hooks_kept(), told_at_a_terminal():
                     compiled, result = attempt(options, arguments)
                 self._compare(result, plain, drew, arguments)
-            except (MemoryError, TimeoutError, ConnectionError, torch.OutOfMemoryError):
-                raise  # of the machine, and perhaps gone at the next call
+            except OF_THE_MACHINE:
+                raise
             except Exception as error:  # the compiler's, for eager code has just computed this
                 if not isinstance(error, _Disagrees):
                     if _is_of_others(error):

@@ -46,6 +46,10 @@ def interrupt_in(error: BaseException | None) -> KeyboardInterrupt | None:
     return error
 
 
+OF_THE_MACHINE = (MemoryError, TimeoutError, ConnectionError, torch.OutOfMemoryError)
+"""Errors that say nothing of a compiler: they are perhaps gone at the next call."""
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether `error` may be gone at the next try: memory, time, a connection, a file."""
     return isinstance(error, MemoryError | OSError | torch.OutOfMemoryError) or "allocate memory" in str(error)

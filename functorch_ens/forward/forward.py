@@ -115,7 +115,7 @@ class Forward:
 
     def _build(self) -> None:
         """Look at the model as it is now."""
-        self.identity = f"{next(_IDENTITIES)}"
+        self.identity = str(next(_IDENTITIES))
         model, strategy, chunk_size, randomness, _, rank1_side = self._options
         self._anatomy = anatomy = Anatomy(model)
         self._convolutions = {f"{name}.weight" if name else "weight" for name in anatomy.instances(CONVOLUTION)}
@@ -242,8 +242,7 @@ class Forward:
 
         `whole`: these members are a chunk, which the caller has cut where `chunk_size="auto"` says so.
         """
-        E = self.check(params, buffers, modes)
-        call = Call(self._known, modes, E, params, buffers, args, kwargs, self.member_inputs)
+        call = self._call(params, args, kwargs, buffers, modes)
         if call.is_traced:
             if torch.compiler.is_exporting():
                 self._known.templates.traced.read()
@@ -266,6 +265,18 @@ class Forward:
             raise
         finally:
             call.check_parameters()
+
+    def _call(
+        self,
+        params: EnsembleParams,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        buffers: Mapping[str, Tensor] | None,
+        modes: Modes,
+    ) -> Call:
+        """The call for these arguments, which are checked."""
+        E = self.check(params, buffers, modes)
+        return Call(self._known, modes, E, params, buffers, args, kwargs, self.member_inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, it is the model and the options, and is made anew from them."""
@@ -338,8 +349,7 @@ class Forward:
 
         Nothing is chosen where no plan can compute two members: the call itself then says why.
         """
-        E = self.check(params, buffers, modes)
-        call = Call(self._known, modes, E, params, buffers, args, kwargs, self.member_inputs)
+        call = self._call(params, args, kwargs, buffers, modes)
         for plan in self._plans:
             try:
                 return self._sized(plan, call).chunk_size
